@@ -1,0 +1,189 @@
+"""Where blocks come from: one small interface, and two sources behind it (shards on disk, tensors in memory)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeforge.data.moments import Moments, Statistics
+from saeforge.data.plan import permutation
+from saeforge.data.shards import ActivationDataset
+from saeforge.errors import ConfigError, DatasetError
+
+MIN_BLOCK_ROWS = 16
+
+
+class BlockSource(Protocol):
+    """Blocks of activation rows, all of one split equally long.
+
+    Attributes:
+        d_in: width of the input. d_out: width of the target.
+        statistics: of the training rows: input, then target.
+        fingerprint: changes whenever the data does.
+        identity: where the rows come from (model, site, dataset), as plain JSON values.
+    """
+
+    d_in: int
+    d_out: int
+    statistics: tuple[Statistics, Statistics]
+    fingerprint: str
+    identity: dict[str, Any]
+
+    def n_blocks(self, split: str) -> int:
+        """Number of blocks of "train" or "validation"; 0 if there is no such split."""
+
+    def block_rows(self, split: str) -> int:
+        """Rows of every block of a split."""
+
+    def read_block(self, split: str, index: int) -> tuple[Tensor, Tensor | None]:
+        """Input (rows, d_in) and target (rows, d_out) of a block; target None means the input."""
+
+
+class ShardSource:
+    """An activation dataset on disk.
+
+    Args:
+        path: the dataset's folder.
+        input: site to read; may be omitted if the dataset has one.
+        target: site to reconstruct (a transcoder); None: the input.
+
+    Raises:
+        DatasetError: missing or damaged dataset, unknown site.
+    """
+
+    def __init__(self, path: str, *, input: str | None = None, target: str | None = None) -> None:
+        self.input = ActivationDataset.open(path, site=input)
+        self.target = None if target is None else ActivationDataset.open(path, site=target)
+        self.d_in = self.input.d
+        self.d_out = self.input.d if self.target is None else self.target.d
+        target_statistics = self.input.site.statistics if self.target is None else self.target.site.statistics
+        self.statistics = (self.input.site.statistics, target_statistics)
+        self.fingerprint = self.input.fingerprint
+        manifest = self.input.manifest
+        self.identity: dict[str, Any] = {
+            "model": manifest.model,
+            "site": _site(self.input),
+            "target": None if self.target is None else _site(self.target),
+            "dataset": self.fingerprint,
+        }
+
+    def n_blocks(self, split: str) -> int:
+        """See `BlockSource`."""
+        return self.input.n_blocks(split) if split in self.input.manifest.splits else 0
+
+    def block_rows(self, split: str) -> int:
+        """See `BlockSource`."""
+        return self.input.block_rows(split)
+
+    def read_block(self, split: str, index: int) -> tuple[Tensor, Tensor | None]:
+        """See `BlockSource`; checksums are verified at every read."""
+        x = self.input.read_block(split, index)
+        return x, None if self.target is None else self.target.read_block(split, index)
+
+
+class TensorSource:
+    """Rows in memory; the last share of a seeded permutation of blocks is held out for validation.
+
+    Args:
+        x: (n, d_in) tensor, array, or an iterable of such chunks.
+        target: (n, d_out) for a transcoder, or None.
+        validation_share: share of rows held out.
+        lanes: lanes of the plan that will read this; blocks are sized for it.
+
+    Raises:
+        ConfigError: wrong shape or type. DatasetError: NaN or infinite values, too few rows.
+    """
+
+    def __init__(
+        self,
+        x: Tensor | np.ndarray | Iterable[Tensor],
+        target: Tensor | np.ndarray | None = None,
+        *,
+        validation_share: float = 0.1,
+        lanes: int = 8,
+    ) -> None:
+        if not 0 <= validation_share < 1:
+            raise ConfigError(f"validation_share = {validation_share}: expected a share from 0 up to, not including, 1")
+        self.x = _rows(x, "X")
+        self.y = None if target is None else _rows(target, "target")
+        if self.y is not None and len(self.y) != len(self.x):
+            raise ConfigError(f"X has {len(self.x)} rows and target {len(self.y)}; expected one target row per row")
+        self.d_in = self.x.shape[1]
+        self.d_out = self.d_in if self.y is None else self.y.shape[1]
+        rows = MIN_BLOCK_ROWS
+        if len(self.x) < 2 * rows * lanes:
+            raise DatasetError(f"X has {len(self.x)} rows; training needs at least {2 * rows * lanes} ({lanes} lanes)")
+        while rows * 2 * 16 * lanes <= len(self.x) and rows * 2 * self.x[0].nbytes <= 1 << 24:
+            rows *= 2
+        total = len(self.x) // rows
+        held_out = max(1, round(validation_share * total)) if validation_share else 0
+        order = [int(block) for block in permutation(total, 0, 2)]
+        self._blocks = {"train": order[: total - held_out], "validation": order[total - held_out :]}
+        self._rows = rows
+        self.statistics = self._statistics()
+        digest = hashlib.sha256(repr((tuple(self.x.shape), str(self.x.dtype))).encode())
+        for tensor in (self.x, self.y):
+            if tensor is not None:
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        self.fingerprint = digest.hexdigest()
+        self.identity: dict[str, Any] = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
+
+    def n_blocks(self, split: str) -> int:
+        """See `BlockSource`."""
+        return len(self._blocks[split])
+
+    def block_rows(self, split: str) -> int:
+        """See `BlockSource`."""
+        return self._rows
+
+    def read_block(self, split: str, index: int) -> tuple[Tensor, Tensor | None]:
+        """See `BlockSource`."""
+        start = self._blocks[split][index] * self._rows
+        part = slice(start, start + self._rows)
+        return self.x[part], None if self.y is None else self.y[part]
+
+    def _statistics(self) -> tuple[Statistics, Statistics]:
+        moments = [Moments.empty(self.d_in), Moments.empty(self.d_out)]
+        for index in range(self.n_blocks("train")):
+            for which, rows in enumerate(self.read_block("train", index)):
+                if rows is not None:
+                    moments[which] = moments[which].merge(Moments.of(rows.float().numpy()))
+        first = moments[0].statistics()
+        return first, first if self.y is None else moments[1].statistics()
+
+
+def _site(dataset: ActivationDataset) -> dict[str, Any]:
+    site = dataset.site
+    return {"id": site.id, "module_path": site.module_path, "where": site.where, "d": site.d, "dtype": site.dtype}
+
+
+def _rows(data: Any, name: str) -> Tensor:
+    """A finite (n, d) CPU tensor of floats from a tensor, an array, or an iterable of either."""
+    if isinstance(data, np.ndarray):
+        data = torch.from_numpy(np.ascontiguousarray(data))
+    if not isinstance(data, Tensor):
+        if not isinstance(data, Iterable):
+            raise ConfigError(f"{name} is a {type(data).__name__}; expected a tensor, an array, or an iterator of them")
+        parts = [_rows(part, name) for part in data]
+        if not parts:
+            raise DatasetError(f"{name} yielded nothing; expected chunks of shape (rows, d_in)")
+        data = torch.cat(parts)
+    if data.ndim != 2:
+        raise ConfigError(f"{name} has shape {tuple(data.shape)}; expected (rows, d_in): flatten leading dimensions")
+    if not data.is_floating_point():
+        raise ConfigError(f"{name} holds {data.dtype}; expected floating point activations")
+    data = data.detach().cpu()
+    if data.dtype not in (torch.bfloat16, torch.float32):
+        data = data.float()
+    for start in range(0, len(data), 1 << 16):
+        bad = (~torch.isfinite(data[start : start + (1 << 16)])).any(1).nonzero()
+        if len(bad):
+            raise DatasetError(
+                f"{name} row {start + int(bad[0])} holds NaN or infinite values; remove or mend such rows"
+            )
+    return data.contiguous()

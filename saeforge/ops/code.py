@@ -1,0 +1,105 @@
+"""`SparseCode`: which latents are active in which row, and how strongly (always CSR)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCode:
+    """Latents of a batch in compressed sparse rows.
+
+    Row `b` holds the entries `offsets[b]:offsets[b + 1]`. The buffers `values` and `indices` may be longer than
+    `offsets[-1]`; their tail means nothing. An entry may hold value 0 (a selected latent that its nonlinearity
+    silenced): *active* means value != 0.
+
+    Attributes:
+        values: (>= nnz,) floating point.
+        indices: (>= nnz,) int64, latents in 0..d_sae-1, ascending inside a row.
+        offsets: (B + 1,) int64, on the same device.
+        d_sae: number of latents.
+        k: entries in every row if that number is constant, else None. With k, no host needs to read `offsets`.
+    """
+
+    values: Tensor
+    indices: Tensor
+    offsets: Tensor
+    d_sae: int
+    k: int | None = None
+    _cache: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def n_rows(self) -> int:
+        """B, the number of rows."""
+        return self.offsets.numel() - 1
+
+    @property
+    def nnz(self) -> int:
+        """Number of entries. Reads one integer from the device when the rows are ragged."""
+        if self.k is not None:
+            return self.n_rows * self.k
+        if "nnz" not in self._cache:
+            self._cache["nnz"] = (self.offsets[-1].cpu(),)
+        return int(self._cache["nnz"][0])
+
+    def trimmed(self) -> SparseCode:
+        """The same code with buffers of exactly nnz entries."""
+        if self.values.numel() == self.nnz:
+            return self
+        return replace(self, values=self.values[: self.nnz], indices=self.indices[: self.nnz])
+
+    def with_values(self, values: Tensor) -> SparseCode:
+        """The same pattern with other values; whatever was computed of the pattern is shared."""
+        return replace(self, values=values)
+
+    def rows(self) -> Tensor:
+        """(nnz,) int64: the row of each entry."""
+        if "rows" not in self._cache:
+            counts = self.offsets.diff()
+            ids = torch.arange(self.n_rows, device=self.offsets.device)
+            self._cache["rows"] = (torch.repeat_interleave(ids, counts, output_size=self.nnz),)
+        return self._cache["rows"][0]
+
+    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The transposed pattern: order (nnz,), rows in that order (nnz,), offsets per latent (d_sae + 1,).
+
+        One stable sort serves every weight gradient of a step and makes their sums deterministic.
+        """
+        if "by_latent" not in self._cache:
+            indices = self.indices[: self.nnz]
+            order = torch.argsort(indices, stable=True)
+            counts = torch.bincount(indices, minlength=self.d_sae)
+            offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=indices.device)
+            torch.cumsum(counts, 0, out=offsets[1:])
+            self._cache["by_latent"] = (order, self.rows()[order], offsets)
+        order, rows, offsets = self._cache["by_latent"]
+        return order, rows, offsets
+
+    def active_counts(self) -> Tensor:
+        """(d_sae,) int64: in how many rows each latent is active (value != 0)."""
+        active = self.values[: self.nnz] != 0
+        return torch.bincount(self.indices[: self.nnz][active], minlength=self.d_sae)
+
+    def l0(self) -> Tensor:
+        """(B,) int64: number of active latents of each row."""
+        active = self.values[: self.nnz] != 0
+        return torch.zeros(self.n_rows, dtype=torch.int64, device=active.device).index_add_(
+            0, self.rows(), active.to(torch.int64)
+        )
+
+    def to_dense(self) -> Tensor:
+        """(B, d_sae): differentiable in `values`. For small batches: this is what the sparse code avoids."""
+        values = self.values[: self.nnz]
+        dense = values.new_zeros(self.n_rows, self.d_sae)
+        return dense.index_put((self.rows(), self.indices[: self.nnz]), values)
+
+    @staticmethod
+    def from_dense(dense: Tensor) -> SparseCode:
+        """The code of a (B, d_sae) tensor: its non-zeros."""
+        rows, indices = dense.nonzero(as_tuple=True)
+        offsets = torch.zeros(dense.shape[0] + 1, dtype=torch.int64, device=dense.device)
+        torch.cumsum(torch.bincount(rows, minlength=dense.shape[0]), 0, out=offsets[1:])
+        return SparseCode(dense[rows, indices], indices, offsets, dense.shape[1])

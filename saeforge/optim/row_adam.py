@@ -1,0 +1,83 @@
+"""`RowAdam`: project, clip, Adam and renormalise, in that order, as a drop-in `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeforge.errors import ConfigError
+
+_CONSTRAINTS = (None, "unit_norm")
+
+
+class RowAdam(torch.optim.Adam):
+    """Adam that knows the constraint of each parameter group.
+
+    One step does, over all groups together:
+
+    1. project: in groups with `constraint: "unit_norm"`, the part of each row's gradient along the row is removed
+       (Bricken et al. 2023, "Towards Monosemanticity");
+    2. clip: gradients are scaled so that their global L2 norm is at most `max_grad_norm` (after projection: the part
+       that cannot act must not use up the budget, as in dictionary_learning);
+    3. Adam, with torch's fused kernel;
+    4. renormalise: rows of constrained groups go back to norm 1.
+
+    Args:
+        params: parameters or groups; a group may carry `constraint: "unit_norm" | None`.
+        lr: learning rate.
+        betas: Adam's decay rates.
+        eps: Adam's epsilon.
+        max_grad_norm: bound of the global gradient norm, or None for no clipping.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise ConfigError(f"max_grad_norm = {max_grad_norm}: expected a positive number, or null for no clipping")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+        for group in self.param_groups:
+            if group.setdefault("constraint", None) not in _CONSTRAINTS:
+                raise ConfigError(f"constraint {group['constraint']!r}: expected 'unit_norm' or None")
+        self.max_grad_norm = max_grad_norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimizer step; see the class.
+
+        Args:
+            closure: re-evaluates the model and returns the loss (as torch's optimizers).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        constrained = [p for g in self.param_groups if g["constraint"] == "unit_norm" for p in g["params"]]
+        for parameter in constrained:
+            if parameter.grad is not None:
+                project_rows_(parameter.grad, parameter)
+        if self.max_grad_norm is not None:
+            parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True)
+        super().step()
+        for parameter in constrained:
+            unit_rows_(parameter)
+        return loss
+
+
+def project_rows_(grad: Tensor, rows: Tensor) -> None:
+    """Removes from each gradient row its part along the (unit) row, in place. Both (n, d)."""
+    grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1)
+
+
+def unit_rows_(rows: Tensor) -> None:
+    """Scales each row of (n, d) to norm 1, in place; a row of zeros stays."""
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny))

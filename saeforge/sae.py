@@ -1,0 +1,273 @@
+"""`SAE`: the plain trained thing that every variant folds into.
+
+It takes and returns raw activations: input scale, biases and decoder norms are folded in. It loads with torch and
+safetensors alone, without the plugin that trained it. Evaluation, features, steering and formats see only this class.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from saeforge.errors import CheckpointError, ConfigError
+from saeforge.ops import Above, SparseCode, TopK, decode
+from saeforge.ops.engine import select_code
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "sae.safetensors"
+META_FILE = "sae.json"
+
+Rule = Literal["threshold", "topk"]
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder (or transcoder) over raw activations.
+
+    `pre = x @ W_enc.T + b_enc`; the active latents are chosen by the rule; `decode` is `values @ W_dec + b_dec`
+    (plus `x @ W_skip.T` for a skip transcoder). Rules:
+
+    * threshold: latent i is active with value `pre_i` where `pre_i > threshold_i` (ReLU: threshold 0);
+    * topk: the k largest pre-activations of a row, those that are positive; ties go to the lowest index.
+
+    Attributes:
+        W_enc: (d_sae, d_in). b_enc: (d_sae,). W_dec: (d_sae, d_out). b_dec: (d_out,).
+        threshold: (d_sae,), at least 0, or None. k: int or None. W_skip: (d_out, d_in) or None.
+        meta: provenance and metrics as plain JSON values.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None
+    W_skip: Tensor | None
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        *,
+        rule: Rule,
+        threshold: Tensor | None = None,
+        k: int | None = None,
+        W_skip: Tensor | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        """Checks the shapes.
+
+        Raises:
+            ConfigError: shapes that do not fit, or a rule without its parameter.
+        """
+        super().__init__()
+        d_sae, d_in = W_enc.shape
+        d_out = W_dec.shape[-1]
+        expected = {
+            "b_enc": (b_enc, (d_sae,)),
+            "W_dec": (W_dec, (d_sae, d_out)),
+            "b_dec": (b_dec, (d_out,)),
+            "threshold": (threshold, (d_sae,)),
+            "W_skip": (W_skip, (d_out, d_in)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ConfigError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside W_enc {(d_sae, d_in)}"
+                )
+        if rule not in ("threshold", "topk"):
+            raise ConfigError(f"rule {rule!r}: expected 'threshold' or 'topk'")
+        if (rule == "threshold") != (threshold is not None) or (rule == "topk") != (k is not None):
+            raise ConfigError(f"rule {rule!r} needs {'threshold' if rule == 'threshold' else 'k'} and nothing else")
+        if threshold is not None and bool((threshold < 0).any()):
+            raise ConfigError(
+                "threshold is negative for some latents; expected at least 0 (fold a ReLU as threshold 0)"
+            )
+        self.rule: Rule = rule
+        self.k = k
+        self.meta: dict[str, Any] = dict(meta or {})
+        for name, tensor in {"W_enc": W_enc, "b_enc": b_enc} | {key: pair[0] for key, pair in expected.items()}.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach().clone().contiguous())
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output; d_in for an SAE."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_enc.device
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """The active latents of raw activations.
+
+        Args:
+            x: (..., d_in); leading dimensions are flattened into rows.
+
+        Returns:
+            A code of prod(leading) rows; `code.to_dense()` is (rows, d_sae).
+
+        Raises:
+            ConfigError: wrong width.
+        """
+        if x.shape[-1] != self.d_in:
+            raise ConfigError(
+                f"activations are {x.shape[-1]} wide, this SAE reads {self.d_in}; check the model and site"
+            )
+        rows = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        if self.rule == "topk" and self.k is not None:
+            code = select_code(rows, self.W_enc, self.b_enc, TopK(self.k), None)
+            return code.with_values(code.values.relu())
+        assert self.threshold is not None
+        return select_code(rows, self.W_enc, self.b_enc, Above(self.threshold), None)
+
+    def decode(self, code: SparseCode | Tensor, x: Tensor | None = None) -> Tensor:
+        """Raw activations of a code.
+
+        Args:
+            code: a `SparseCode`, or dense latents (..., d_sae).
+            x: the input (rows, d_in); needed by a skip transcoder only.
+
+        Returns:
+            (rows, d_out), or (..., d_out) for dense latents.
+        """
+        if isinstance(code, SparseCode):
+            out = decode(code, self.W_dec, self.b_dec)
+        else:
+            out = code @ self.W_dec + self.b_dec
+        if self.W_skip is not None:
+            if x is None:
+                raise ConfigError("this SAE has a skip connection: pass decode(code, x) the input too")
+            out = out + x.reshape(*out.shape[:-1], self.d_in).to(out.dtype) @ self.W_skip.T
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction, with the shape (..., d_out) and dtype of `x`."""
+        out = self.decode(self.encode(x), x.reshape(-1, self.d_in))
+        return out.reshape(*x.shape[:-1], self.d_out).to(x.dtype)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `sae.safetensors` and `sae.json` into a folder: each under a temporary name, synced, then renamed.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: the disk refused; nothing half written stands under the final names.
+        """
+        folder = Path(folder)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        meta = {
+            "format": "saeforge-sae",
+            "version": FORMAT_VERSION,
+            "rule": self.rule,
+            "k": self.k,
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "d_sae": self.d_sae,
+            **self.meta,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
+            _replace(folder / META_FILE, lambda path: path.write_text(json.dumps(meta, indent=2) + "\n"))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"could not save the SAE to {folder}: {error}; free space or choose another folder"
+            ) from error
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> SAE:
+        """Reads a folder written by `save`.
+
+        Raises:
+            CheckpointError: missing, damaged, or written by a newer format.
+        """
+        folder = Path(folder)
+        weights, meta_path = folder / WEIGHTS_FILE, folder / META_FILE
+        for path in (meta_path, weights):
+            if not path.is_file():
+                raise CheckpointError(
+                    f"no SAE in {folder}: {path.name} is missing; give a RUN folder or its sae/ folder"
+                )
+        try:
+            meta = json.loads(meta_path.read_text())
+            with safe_open(weights, framework="pt", device=str(device)) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"the SAE in {folder} is damaged ({error}); save or copy it again") from error
+        if not isinstance(meta, dict) or meta.get("format") != "saeforge-sae":
+            raise CheckpointError(f"{meta_path} is not a saeforge SAE; other tools' SAEs are imported, not loaded")
+        if meta["version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder} has SAE format {meta['version']}, this saeforge reads up to {FORMAT_VERSION}; upgrade saeforge"
+            )
+        missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
+        if missing:
+            raise CheckpointError(f"{weights} lacks {', '.join(sorted(missing))}; save or copy the SAE again")
+        structure = ("format", "version", "rule", "k", "d_in", "d_out", "d_sae")
+        return cls(
+            tensors["W_enc"],
+            tensors["b_enc"],
+            tensors["W_dec"],
+            tensors["b_dec"],
+            rule=meta["rule"],
+            k=meta["k"],
+            threshold=tensors.get("threshold"),
+            W_skip=tensors.get("W_skip"),
+            meta={key: value for key, value in meta.items() if key not in structure},
+        )
+
+    def __repr__(self) -> str:
+        rule = f"k={self.k}" if self.rule == "topk" else "threshold"
+        site = (self.meta.get("site") or {}).get("id")
+        return f"SAE(d_in={self.d_in}, d_sae={self.d_sae}, {rule}{f', site={site}' if site else ''})"
+
+
+def load(run: str | Path, *, device: str | torch.device = "cpu") -> SAE:
+    """The SAE of a RUN folder (`runs/<name>`) or of an `sae/` folder.
+
+    Raises:
+        CheckpointError: no SAE there, or a damaged one.
+    """
+    run = Path(run)
+    if not run.exists():
+        raise CheckpointError(f"{run} does not exist; expected a RUN folder (runs/<name>) or an sae/ folder")
+    if (run / "sae" / META_FILE).is_file():
+        run = run / "sae"
+    elif not (run / META_FILE).is_file() and (run / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{run} has no finished SAE yet; go on with `saeforge fit --config {run}/config.yaml --ckpt_path last`"
+        )
+    return SAE.load(run, device=device)
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Temporary name + fsync + rename: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

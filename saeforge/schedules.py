@@ -1,0 +1,20 @@
+"""Schedules: pure functions from an optimizer step to a value. No state, so resuming needs nothing but the step."""
+
+from __future__ import annotations
+
+
+def ramp(step: int, steps: int) -> float:
+    """Linear from 0 at step 0 to 1 at `steps`, then 1; 1 throughout if steps is 0."""
+    return 1.0 if steps <= 0 else min(1.0, step / steps)
+
+
+def warmup_then_decay(step: int, total_steps: int, *, warmup_steps: int = 0, decay_steps: int = 0) -> float:
+    """Multiplier of the learning rate: linear warm-up, constant, linear decay to 0 over the last `decay_steps`.
+
+    The first step of a warm-up already learns ((step + 1) / warmup), and the last of a decay still does
+    (1 / decay_steps): no step is wasted on a rate of exactly 0.
+    """
+    factor = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+    if decay_steps > 0:
+        factor = min(factor, max(0.0, (total_steps - step) / decay_steps))
+    return factor

@@ -1,0 +1,281 @@
+"""The contract of a variant: what it must say, and what it gets for it.
+
+A variant is one final class of about 100 lines. It owns its weights (one latent per row, encoder and decoder alike),
+says how they start, what one step's loss terms are, which rows are constrained, and how it folds into a plain `SAE`.
+Loggers, devices, precision, optimizers, data and checkpoints are not its business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from saeforge.data.batch import Batch
+from saeforge.data.moments import Statistics
+from saeforge.errors import ConfigError
+from saeforge.ops import Group, SparseCode
+from saeforge.optim.row_adam import unit_rows_
+from saeforge.sae import SAE
+
+InputScale = Literal["rms", "sqrt_d", "none"]
+ScheduleValues = Mapping[str, float]
+
+
+class DataStatistics(NamedTuple):
+    """Statistics of the training rows in raw units: of the input, and of the target (the same for an SAE)."""
+
+    input: Statistics
+    target: Statistics
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run tells its variant before the first step.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run.
+        dead_after_tokens: a latent silent for this many tokens (over all ranks) counts as dead.
+        compute_dtype: type of the encoder product; torch.bfloat16 under `bf16-mixed`.
+        group: the ranks that share a batch.
+    """
+
+    total_steps: int = 1
+    dead_after_tokens: int = 10_000_000
+    compute_dtype: torch.dtype = torch.float32
+    group: Group = field(default_factory=Group)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The optimizer settings of a variant's paper; each can be overridden in the run's configuration."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    warmup_steps: int = 0
+    decay_steps: int = 0
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The result of one step.
+
+    Attributes:
+        terms: named scalars with their coefficients applied; the loss is their sum.
+        code: the latents, in the variant's scaled units.
+        counters: named detached scalars that add up over steps and ranks; `squared_error` (sum over rows and
+            dimensions, raw units) is always there.
+    """
+
+    terms: dict[str, Tensor]
+    code: SparseCode
+    counters: dict[str, Tensor]
+
+
+class Variant(nn.Module, ABC):
+    """Base of all variants. Subclasses are final and override abstract methods only.
+
+    `scale` and `target_scale` are frozen scalars from the dataset's statistics: `step` works on `x * scale`, its
+    caller sees raw units only. `input_scale` chooses them: "rms" makes the mean squared norm 1 (Gemma Scope), "sqrt_d"
+    the mean norm sqrt(d) (Anthropic, April 2024), "none" leaves the data alone.
+    """
+
+    scale: Tensor
+    target_scale: Tensor
+    tokens_since_fired: Tensor
+    firing_counts: Tensor
+
+    def __init__(self, d_in: int, d_out: int, *, d_sae: int, input_scale: InputScale) -> None:
+        super().__init__()
+        for name, value in {"d_in": d_in, "d_out": d_out, "d_sae": d_sae}.items():
+            if value < 1:
+                raise ConfigError(f"{name} = {value}: expected a positive number")
+        if input_scale not in ("rms", "sqrt_d", "none"):
+            raise ConfigError(f"input_scale {input_scale!r}: expected 'rms', 'sqrt_d' or 'none'")
+        self.d_in, self.d_out, self.d_sae, self.input_scale = d_in, d_out, d_sae, input_scale
+        self.run = RunSettings()
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("target_scale", torch.ones(()))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.register_buffer("firing_counts", torch.zeros(d_sae, dtype=torch.int64), persistent=False)
+
+    # What a variant says -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
+        """Sets all weights before the first step. Equal on all ranks, since its arguments are.
+
+        Args:
+            stats: statistics of the training rows.
+            x: about 32k rows of raw input, (n, d_in).
+            target: the same rows' targets, (n, d_out); the same tensor as `x` for an SAE.
+            generator: the only source of randomness, on the CPU.
+        """
+
+    @abstractmethod
+    def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
+        """Named pure functions step -> value; their values reach `step` and are logged under these names."""
+
+    @abstractmethod
+    def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
+        """Loss terms of one batch, differentiable. Autocast is off; see `RunSettings.compute_dtype`."""
+
+    @abstractmethod
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Plain torch parameter groups; the extra key `constraint` is "unit_norm" or None."""
+
+    @abstractmethod
+    def recipe(self, total_steps: int) -> Recipe:
+        """Optimizer settings of the variant's paper."""
+
+    @abstractmethod
+    def fold(self) -> SAE:
+        """The plain SAE in raw units that computes the same latents and reconstruction."""
+
+    # What it gets ------------------------------------------------------------------------------------------------
+
+    @final
+    def bind(self, run: RunSettings) -> None:
+        """Takes the settings of a run; called before the first step, also after a resume."""
+        self.run = run
+
+    @final
+    def set_scale(self, stats: DataStatistics) -> None:
+        """Freezes `scale` and `target_scale`; the first thing that `initialise` does."""
+        for buffer, part in ((self.scale, stats.input), (self.target_scale, stats.target)):
+            buffer.fill_(input_scale(self.input_scale, part))
+
+    @final
+    def scaled(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Input and target in scaled units, fp32 (or fp64 if the weights are)."""
+        dtype = self.scale.dtype
+        x = batch.x.to(dtype) * self.scale
+        if batch.target is batch.x:
+            return x, x
+        return x, batch.target.to(dtype) * self.target_scale
+
+    @final
+    def mean_rows(self, per_row: Tensor, weight: Tensor | None) -> Tensor:
+        """Mean over the rows of the global batch, as this rank's share: data parallelism averages over ranks.
+
+        Args:
+            per_row: (B,).
+            weight: (B,) or None; weights are normalised over all ranks.
+        """
+        if weight is None:
+            return per_row.mean()
+        return (per_row * weight).sum() / self.run.group.mean(weight.sum())
+
+    @final
+    def mean_entries(self, per_entry: Tensor, code: SparseCode, weight: Tensor | None) -> Tensor:
+        """Mean over rows of the sum over a row's entries; like `mean_rows` of that sum. per_entry: (nnz,)."""
+        if weight is None:
+            return per_entry.sum() / code.n_rows
+        return (per_entry * weight[code.rows()]).sum() / self.run.group.mean(weight.sum())
+
+    @final
+    def output(self, terms: dict[str, Tensor], code: SparseCode, squared_error: Tensor) -> StepOutput:
+        """Packs a step's result. squared_error: (B,) per row, in scaled target units."""
+        raw = squared_error.detach().sum() / self.target_scale.square()
+        return StepOutput(terms, code, {"squared_error": raw})
+
+    @final
+    @torch.no_grad()
+    def observe(self, code: SparseCode) -> None:
+        """Counts who fired, over all ranks; called once after each step."""
+        counts = self.run.group.sum(code.active_counts())
+        self.firing_counts += counts
+        self.tokens_since_fired += code.n_rows * self.run.group.size
+        self.tokens_since_fired.masked_fill_(counts > 0, 0)
+
+    @final
+    def dead(self) -> Tensor:
+        """(d_sae,) bool: silent for at least `dead_after_tokens`."""
+        return self.tokens_since_fired >= self.run.dead_after_tokens
+
+    @final
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Restores the constraints of `param_groups`; needed after any optimizer but `RowAdam`, which does it itself."""
+        for group in self.param_groups():
+            if group.get("constraint") == "unit_norm":
+                for parameter in group["params"]:
+                    unit_rows_(parameter)
+
+    @final
+    @torch.no_grad()
+    def folded(
+        self, W_enc: Tensor, b_enc: Tensor, shift: Tensor | None, W_dec: Tensor, b_dec: Tensor, *, unit_norm: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Folds scale, pre-encoder bias and (on request) decoder norms into raw-unit weights.
+
+        A latent then is worth its value times a decoder row in raw units; with `unit_norm` those rows have norm 1, so
+        that values are lengths in activation space. Rows may be rescaled one by one only under a threshold rule:
+        under top-k that would change who is chosen.
+
+        Returns:
+            The tensors of `SAE` without its rule, and the factor (d_sae,) by which pre-activations were multiplied.
+        """
+        if shift is not None:
+            b_enc = b_enc - W_enc @ shift
+        norms = W_dec.norm(dim=1) if unit_norm else W_dec.new_ones(self.d_sae)
+        norms = torch.where(norms > 0, norms, 1.0)  # a latent without a direction stays as it is
+        factor = norms / self.target_scale
+        tensors = {
+            "W_enc": W_enc * (factor * self.scale)[:, None],
+            "b_enc": b_enc * factor,
+            "W_dec": W_dec / norms[:, None],
+            "b_dec": b_dec / self.target_scale,
+        }
+        return tensors, factor
+
+
+def input_scale(kind: InputScale, stats: Statistics) -> float:
+    """The scalar that `kind` asks for; see `Variant`.
+
+    Raises:
+        ConfigError: activations that are all zero.
+    """
+    if kind == "none":
+        return 1.0
+    if stats.mean_square_norm <= 0:
+        raise ConfigError("the activations are all zero: nothing to scale; check the harvested site")
+    return stats.mean_square_norm**-0.5 if kind == "rms" else len(stats.mean) ** 0.5 / stats.mean_norm
+
+
+def random_unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:
+    """(n, d) fp32 rows of norm 1 with random directions, made on the CPU."""
+    rows = torch.randn(n, d, generator=generator)
+    unit_rows_(rows)
+    return rows
+
+
+@torch.no_grad()
+def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point of least total distance to the rows of (n, d), by Weiszfeld's iteration in float64. Returns (d,)."""
+    rows = x.double()
+    guess = rows.mean(0)
+    for _ in range(iterations):
+        weight = 1 / (rows - guess).norm(dim=1).clamp_min(1e-12)
+        moved = (weight @ rows) / weight.sum()
+        step = (moved - guess).norm() / guess.norm().clamp_min(1e-12)
+        guess = moved
+        if step < tolerance:
+            break
+    return guess.to(x.dtype)
+
+
+def check_pre_bias(pre_bias: bool, x: Tensor, target: Tensor) -> None:
+    """A pre-encoder bias is the decoder's bias, so it makes sense only where input and target are the same.
+
+    Raises:
+        ConfigError: a transcoder with `pre_bias`.
+    """
+    if pre_bias and target is not x:
+        raise ConfigError("pre_bias ties the decoder's bias to the encoder's input; set variant.pre_bias to false here")

@@ -1,0 +1,108 @@
+"""L1-ReLU: the standard SAE of Anthropic's April 2024 update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from saeforge.data.batch import Batch
+from saeforge.errors import ConfigError
+from saeforge.ops import Above, decode, encode
+from saeforge.sae import SAE
+from saeforge.schedules import ramp
+from saeforge.variants.base import (
+    DataStatistics,
+    InputScale,
+    Recipe,
+    ScheduleValues,
+    StepOutput,
+    Variant,
+    random_unit_rows,
+)
+
+
+@final
+class L1ReLU(Variant):
+    """ReLU latents under an L1 penalty weighted by decoder norms (Conerly et al., "Update on how we train SAEs", 2024).
+
+    `f = ReLU(W_enc x + b_enc)`, `x_hat = f W_dec + b_dec`, loss `mean_rows(|x - x_hat|^2 + l1 sum_i f_i |w_dec_i|)`.
+    No norm constraint, no resampling: the weighted penalty leaves nothing to gain from small rows.
+
+    Args:
+        d_in: width of the input.
+        d_out: width of the target.
+        d_sae: number of latents.
+        l1: coefficient of the sparsity penalty; 5 is the paper's, for inputs scaled to a mean norm of sqrt(d_in).
+        l1_warmup: share of the run over which the coefficient rises linearly from 0.
+        decoder_init_norm: norm of the decoder rows at the start.
+        input_scale: "sqrt_d" (the paper's), "rms" or "none".
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        d_sae: int = 4096,
+        l1: float = 5.0,
+        l1_warmup: float = 0.05,
+        decoder_init_norm: float = 0.1,
+        input_scale: InputScale = "sqrt_d",
+    ) -> None:
+        super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
+        if l1 < 0 or not 0 <= l1_warmup <= 1 or decoder_init_norm <= 0:
+            raise ConfigError(
+                f"l1 = {l1}, l1_warmup = {l1_warmup}, decoder_init_norm = {decoder_init_norm}: "
+                "expected l1 >= 0, a share between 0 and 1, and a positive norm"
+            )
+        self.l1, self.l1_warmup, self.decoder_init_norm = l1, l1_warmup, decoder_init_norm
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+
+    @torch.no_grad()
+    def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
+        """Random decoder directions of norm `decoder_init_norm`, the encoder equal to the decoder, biases 0."""
+        self.set_scale(stats)
+        self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator) * self.decoder_init_norm)
+        if self.d_in == self.d_out:
+            self.W_enc.copy_(self.W_dec)
+        else:
+            self.W_enc.copy_(random_unit_rows(self.d_sae, self.d_in, generator) * self.decoder_init_norm)
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+
+    def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
+        """`l1`: linear from 0 to the coefficient over the first share of the run."""
+        warmup = round(self.l1_warmup * total_steps)
+        return {"l1": lambda step: self.l1 * ramp(step, warmup)}
+
+    def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
+        """Terms `mse` (summed over dimensions) and `l1`."""
+        x, target = self.scaled(batch)
+        code = encode(x, self.W_enc, self.b_enc, Above(0.0), dtype=self.run.compute_dtype)
+        squared_error = (target - decode(code, self.W_dec, self.b_dec)).square().sum(1)
+        penalty = code.values * self.W_dec.norm(dim=1)[code.indices]
+        terms = {
+            "mse": self.mean_rows(squared_error, batch.weight),
+            "l1": schedule["l1"] * self.mean_entries(penalty, code, batch.weight),
+        }
+        return self.output(terms, code, squared_error)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group without constraints."""
+        return [{"params": [self.W_enc, self.b_enc, self.W_dec, self.b_dec], "constraint": None}]
+
+    def recipe(self, total_steps: int) -> Recipe:
+        """Adam(0.9, 0.999), lr 5e-5, decayed linearly to 0 over the last 20%, gradient norm at most 1."""
+        return Recipe(lr=5e-5, decay_steps=total_steps // 5)
+
+    @torch.no_grad()
+    def fold(self) -> SAE:
+        """Threshold 0; decoder rows of norm 1 in raw units."""
+        tensors, _ = self.folded(self.W_enc, self.b_enc, None, self.W_dec, self.b_dec, unit_norm=True)
+        return SAE(**tensors, rule="threshold", threshold=torch.zeros_like(self.b_enc))
