@@ -1,0 +1,236 @@
+"""Load a HuggingFace model as deep as its sites need, and its tokenizer, with one-line errors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from saeforge.errors import ConfigError
+from saeforge.lm.sites import Site, find_layers, last_layer_needed, resolve_sites
+
+MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class LoadedModel:
+    """A base model in evaluation mode, cut after the deepest site.
+
+    Attributes:
+        model: the module, on its device, without gradients.
+        sites: resolved sites, in the order asked for.
+        context_limit: longest sequence that the model allows, or None.
+        card: what a manifest says of the model.
+    """
+
+    model: nn.Module
+    sites: list[Site]
+    context_limit: int | None
+    card: dict[str, Any]
+
+
+def resolve_model(name: str) -> str:
+    """Return the folder or hub name behind a model name.
+
+    `package:NAME` is the folder inside the installed Python package NAME that holds a `config.json`.
+
+    Raises:
+        ConfigError: no such folder or package, or the folder is not a HuggingFace model.
+    """
+    if name.startswith("package:"):
+        package = name.removeprefix("package:")
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ModuleNotFoundError, ValueError):
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(f"model {name!r}: no Python package {package!r} is installed here; pip install it")
+        root = Path(next(iter(spec.submodule_search_locations)))
+        folders = sorted({path.parent for path in root.rglob("config.json")}, key=lambda path: (len(path.parts), path))
+        models = [folder for folder in folders if _model_type(folder) is not None]
+        if not models:
+            raise ConfigError(f"model {name!r}: the package holds no folder with a HuggingFace config.json")
+        return str(models[0])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if _model_type(path) is None:
+            raise ConfigError(
+                f"model {name!r}: the folder has no config.json of a HuggingFace model (with a model_type)"
+            )
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ConfigError(f"model {name!r}: no such folder; give a model's folder, a hub name, or package:NAME")
+    return name
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = resolve_model(name)
+    with _quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, revision=revision)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"model {name!r}: its tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def load_model(
+    name: str, sites: Sequence[str], *, revision: str | None = None, dtype: str = "auto", device: str = "cpu"
+) -> LoadedModel:
+    """Load the base model (no head), only as many layers as the sites need.
+
+    The architecture is built without weights first, so that a wrong site is told before anything large is read.
+
+    Args:
+        name: folder, hub name or `package:NAME`.
+        sites: site names (see `saeforge.lm.sites`).
+        revision: hub revision.
+        dtype: "auto" (the checkpoint's), "float32" or "bfloat16".
+        device: torch device.
+
+    Raises:
+        ConfigError: no such model or site, an encoder-decoder, or weights that the sites need are missing.
+    """
+    folder = resolve_model(name)
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, revision=revision)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+        if config.is_encoder_decoder:
+            raise ConfigError(
+                f"model {name!r} is an encoder-decoder ({config.model_type}); give a causal LM or an encoder"
+            )
+        text_config = config.get_text_config()
+        total = getattr(text_config, "num_hidden_layers", None)
+        try:
+            with torch.device("meta"):
+                skeleton = AutoModel.from_config(config)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"model {name!r}: no base model for this architecture: {first_line(error)}") from error
+        layers = find_layers(skeleton, total) if total else None
+        resolved = resolve_sites(
+            skeleton,
+            sites,
+            layers=layers,
+            n_layers=total or 0,
+            prefix=skeleton.base_model_prefix,
+            model_type=config.model_type,
+        )
+        deepest = last_layer_needed(skeleton, resolved, layers)
+        loaded = total if deepest is None else deepest + 1
+        if loaded != total:
+            text_config.num_hidden_layers = loaded
+            for key in ("layer_types", "mlp_layer_types"):  # one entry per layer, checked against their number
+                if isinstance(getattr(text_config, key, None), list):
+                    setattr(text_config, key, getattr(text_config, key)[:loaded])
+        config.use_cache = text_config.use_cache = False
+        try:
+            model, report = AutoModel.from_pretrained(
+                folder,
+                revision=revision,
+                config=config,
+                dtype="auto" if dtype == "auto" else MODEL_DTYPES[dtype],
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"model {name!r}: its weights cannot be loaded: {first_line(error)}") from error
+    missing = _missing_before(model, resolved, report["missing_keys"])
+    if missing:
+        raise ConfigError(f"model {name!r}: its checkpoint lacks weights that the sites need, for example {missing[0]}")
+    model.eval().requires_grad_(False).to(device)
+    card = {
+        "name": name,
+        "revision": getattr(config, "_commit_hash", None) or revision,
+        "files_sha256": _hash_weights(Path(folder)) if Path(folder).is_dir() else None,
+        "class": type(model).__name__,
+        "model_type": config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": getattr(config, "_attn_implementation", None),
+        "layers": total,
+        "layers_loaded": loaded,
+    }
+    return LoadedModel(model, resolved, getattr(text_config, "max_position_embeddings", None), card)
+
+
+def tokenizer_card(tokenizer: Any) -> dict[str, Any]:
+    """Return what identifies a tokenizer: class, size, and a hash of what it does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": len(tokenizer),
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+    }
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, for a one-line error."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _missing_before(model: nn.Module, sites: Sequence[Site], missing: Sequence[str]) -> list[str]:
+    """Return the missing weights that run before the end of the last site (a pooler after it does not matter)."""
+    names = list(dict(model.named_modules()))
+    last = max(
+        number
+        for number, name in enumerate(names)
+        if any(name == site.module_path or name.startswith(f"{site.module_path}.") for site in sites)
+    )
+    before = set(names[: last + 1])
+    return [key for key in missing if key.rpartition(".")[0] in before]
+
+
+def _model_type(folder: Path) -> str | None:
+    """Return the model_type of a folder's config.json, or None if it is no HuggingFace model."""
+    try:
+        data = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    found = data.get("model_type") if isinstance(data, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _hash_weights(folder: Path) -> str:
+    """Return one sha256 over config and weight files of a folder, so that a changed model is noticed."""
+    digest = hashlib.sha256()
+    files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    for path in sorted(files):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' load reports and bars: a truncated load leaves weights unused on purpose."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a manifest records."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,168 @@
+"""Contexts: segments packed side by side, stored as flat arrays that are read through memory maps.
+
+Per split, in the folder `tokens/`: `<split>.tokens.npy`, `.documents.npy`, `.positions.npy` (in the document),
+`.within.npy` (in the segment, 0 starts a new one), `.keep.npy`, all one entry per token, and `.offsets.npy`, where each
+context starts. Contexts stand in their final, shuffled order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saeforge.lm.capture import TokenBatch
+from saeforge.lm.tokens import Segment
+
+ARRAYS = ("tokens", "documents", "positions", "within", "keep", "offsets")
+
+
+def pack_segments(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put segments into contexts, best fit, longest first (Ding et al. 2024, arXiv 2404.10830).
+
+    Args:
+        lengths: tokens of each segment, each at most `capacity`.
+        capacity: tokens of a context.
+
+    Returns:
+        For each context the numbers of its segments.
+    """
+    contexts: list[list[int]] = []
+    open_with: dict[int, list[int]] = {}  # free tokens -> contexts
+    free_bits = (
+        0  # bit f is set while some context has f free tokens: the best fit is the lowest bit from the length up
+    )
+    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[number]
+        fitting = free_bits >> length
+        if fitting:
+            free = length + (fitting & -fitting).bit_length() - 1
+            context = open_with[free].pop()
+            if not open_with[free]:
+                free_bits &= ~(1 << free)
+        else:
+            free, context = capacity, len(contexts)
+            contexts.append([])
+        contexts[context].append(number)
+        if free > length:
+            open_with.setdefault(free - length, []).append(context)
+            free_bits |= 1 << (free - length)
+    return contexts
+
+
+def write_contexts(
+    folder: Path, split: str, segments: Sequence[Segment], *, capacity: int, packed: bool, seed: int
+) -> dict[str, str]:
+    """Pack, shuffle and store the segments of one split.
+
+    Args:
+        folder: `tokens/` of the dataset.
+        split: its name.
+        segments: in the order of the documents.
+        capacity: tokens of a context.
+        packed: several segments in a context, or one in each.
+        seed: of the order of contexts.
+
+    Returns:
+        sha256 of each file by name.
+    """
+    if packed:
+        contexts = pack_segments([len(segment.tokens) for segment in segments], capacity)
+    else:
+        contexts = [[number] for number in range(len(segments))]
+    key = np.frombuffer(hashlib.sha256(f"saeforge contexts {seed} {split}".encode()).digest()[:16], dtype="<u8")
+    order = np.random.Generator(np.random.Philox(key=key)).permutation(len(contexts))
+    chosen = [[segments[number] for number in contexts[context]] for context in order]
+    flat = [segment for context in chosen for segment in context]
+    lengths = [len(segment.tokens) for segment in flat]
+    arrays = {
+        "tokens": np.concatenate([segment.tokens for segment in flat]),
+        "documents": np.repeat(np.array([segment.document for segment in flat], dtype=np.uint32), lengths),
+        "positions": np.concatenate([segment.positions for segment in flat]),
+        "within": np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths]),
+        "keep": np.concatenate([segment.keep for segment in flat]),
+        "offsets": np.cumsum([0, *(sum(len(segment.tokens) for segment in context) for context in chosen)]),
+    }
+    hashes = {}
+    for name, array in arrays.items():
+        path = folder / f"{split}.{name}.npy"
+        np.save(path, array)
+        hashes[path.name] = hash_file(path)
+    return hashes
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class ContextBatch:
+    """A batch of contexts and where its kept tokens stand.
+
+    Attributes:
+        batch: what the model gets.
+        kept: int64 index of the kept tokens in the flattened (contexts x length) batch, in context order.
+        rows: uint32 (kept, 4) provenance: document, position in document, token id, context.
+    """
+
+    batch: TokenBatch
+    kept: torch.Tensor
+    rows: np.ndarray
+
+
+class Contexts:
+    """The contexts of one split, memory-mapped.
+
+    Attributes:
+        kept_before: int64 (contexts + 1), kept rows before each context: the global row order of the split.
+    """
+
+    def __init__(self, folder: Path, split: str, *, packed: bool, pad: int) -> None:
+        self.arrays = {name: np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in ARRAYS}
+        self.offsets = np.asarray(self.arrays["offsets"])
+        self.packed = packed
+        self.pad = pad
+        kept = np.add.reduceat(self.arrays["keep"], self.offsets[:-1], dtype=np.int64)
+        self.kept_before = np.concatenate([[0], np.cumsum(kept)])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def kept_rows(self) -> int:
+        """Kept tokens of the split."""
+        return int(self.kept_before[-1])
+
+    def batch(self, start: int, stop: int) -> ContextBatch:
+        """Return contexts `start` to `stop`, padded on the right to the longest of them."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        lengths = np.diff(self.offsets[start : stop + 1])
+        grid = np.arange(int(lengths.max()))
+        real = grid[None, :] < lengths[:, None]
+
+        def spread(name: str, fill: int | np.ndarray) -> torch.Tensor:
+            out = np.empty(real.shape, dtype=np.int64)
+            out[:] = fill
+            out[real] = self.arrays[name][first:last]
+            return torch.from_numpy(out)
+
+        keep = np.asarray(self.arrays["keep"][first:last])
+        contexts = np.repeat(np.arange(start, stop, dtype=np.uint32), lengths)
+        columns = (*(self.arrays[name][first:last] for name in ("documents", "positions", "tokens")), contexts)
+        mask = position_ids = None
+        if self.packed:
+            # Padding counts from 0 again: a segment of its own, which no token attends to.
+            position_ids = spread("within", np.maximum(grid[None, :] - lengths[:, None], 0))
+        else:
+            mask = torch.from_numpy(real.astype(np.int64))
+        return ContextBatch(
+            TokenBatch(spread("tokens", self.pad), mask, position_ids),
+            torch.from_numpy(np.flatnonzero(real)[keep]),
+            np.stack([np.asarray(column)[keep] for column in columns], axis=1).astype(np.uint32),
+        )

@@ -1,0 +1,144 @@
+"""Sites: places in a model whose activations are read, named by module path or by alias.
+
+A site id is `module.path:in` (the module's first input) or `module.path:out` (its output); `:out` may be left out.
+Paths are those of the base model (`AutoModel`); the prefix of a head model (`model.`, `transformer.`) is accepted.
+
+Aliases, K being a layer: `resid_pre.K`, `resid_post.K`, `attn_out.K`, `mlp_out.K`, and TransformerLens'
+`blocks.K.hook_resid_pre` and so on. An alias means what is added to, or stands in, the residual stream.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from saeforge.errors import ConfigError
+
+_ALIAS = re.compile(r"(?:blocks\.(\d+)\.hook_(\w+)|(resid_pre|resid_post|resid_mid|attn_out|mlp_out)\.(\d+))")
+# In order of preference: the child of a layer whose output is added to the residual stream.
+_ATTENTION = ("attention.output.dense", "self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "ffn", "output.dense")
+# Their attention and MLP modules add the residual themselves, so that the module's output is not what is added.
+_ADD_RESIDUAL_INSIDE = ("bloom", "mpt")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A resolved site: `module_path` exists in the model; `alias` is the name given, when it was another one."""
+
+    module_path: str
+    where: str
+    alias: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The canonical name: path, colon, in or out."""
+        return f"{self.module_path}:{self.where}"
+
+
+def find_layers(model: nn.Module, n_layers: int) -> str | None:
+    """Return the path of the list of layers: the outermost ModuleList of `n_layers` equal classes, or None.
+
+    A language model inside a multimodal model goes before the other towers.
+    """
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and len({type(child) for child in module}) == 1
+    ]
+    found.sort(key=lambda name: (not re.search(r"language|text|decoder", name), name.count(".")))
+    return found[0] if found else None
+
+
+def resolve_sites(
+    model: nn.Module, names: Sequence[str], *, layers: str | None, n_layers: int, prefix: str = "", model_type: str = ""
+) -> list[Site]:
+    """Resolve site names against a model (it may be on the meta device).
+
+    Args:
+        model: base model.
+        names: ids, module paths or aliases.
+        layers: path of the list of layers, from `find_layers`.
+        n_layers: number of layers.
+        prefix: name under which a head model keeps this base model.
+        model_type: transformers' name of the architecture.
+
+    Raises:
+        ConfigError: unknown site, layer out of range, or the same site twice.
+    """
+    if not names:
+        raise ConfigError("sites is empty; name at least one, for example resid_post.6")
+    modules = dict(model.named_modules())
+    sites: list[Site] = []
+    for name in names:
+        alias = _ALIAS.fullmatch(name)
+        if alias:
+            layer, kind = int(alias[1] or alias[4]), alias[2] or alias[3]
+            if layers is None:
+                raise ConfigError(f"site {name!r}: this model has no plain list of layers; give a module path instead")
+            if layer >= n_layers:
+                raise ConfigError(f"site {name!r}: the model has {n_layers} layers, 0 to {n_layers - 1}")
+            path, where = _expand(name, kind, f"{layers}.{layer}", modules, model_type)
+            site = Site(path, where, name)
+        else:
+            path, where = name.rsplit(":", 1) if ":" in name else (name, "out")
+            if where not in ("in", "out"):
+                raise ConfigError(f"site {name!r} ends in :{where}; expected :in or :out")
+            if path not in modules and prefix and path.removeprefix(f"{prefix}.") in modules:
+                path = path.removeprefix(f"{prefix}.")
+            if path not in modules or not path:
+                raise ConfigError(_unknown(name, path, list(modules), layers, n_layers))
+            site = Site(path, where, name if name not in (path, f"{path}:{where}") else None)
+        if site.id in {other.id for other in sites}:
+            raise ConfigError(f"site {name!r} is named twice (it is {site.id})")
+        sites.append(site)
+    return sites
+
+
+def last_layer_needed(model: nn.Module, sites: Sequence[Site], layers: str | None) -> int | None:
+    """Return the index of the deepest layer that the sites need, or None if all layers must be loaded."""
+    if layers is None:
+        return None
+    order = {name: number for number, name in enumerate(dict(model.named_modules()))}
+    deepest = 0
+    for site in sites:
+        inside = re.match(rf"{re.escape(layers)}\.(\d+)(\.|$)", site.module_path)
+        if inside:
+            deepest = max(deepest, int(inside[1]))
+        elif order[site.module_path] > order[layers] or layers.startswith(f"{site.module_path}."):
+            return None  # after the layers (a final norm), or around them
+    return deepest
+
+
+def _expand(name: str, kind: str, layer: str, modules: dict[str, nn.Module], model_type: str) -> tuple[str, str]:
+    """Return path and in/out of an alias at one layer."""
+    if kind == "resid_pre":
+        return layer, "in"
+    if kind == "resid_post":
+        return layer, "out"
+    if kind in ("attn_out", "mlp_out") and model_type not in _ADD_RESIDUAL_INSIDE:
+        if f"{layer}.post_feedforward_layernorm" in modules:
+            # Sandwich norms (Gemma 2 and 3, OLMo 2): what is added is the output of the norm after the sublayer.
+            norm = "post_attention_layernorm" if kind == "attn_out" else "post_feedforward_layernorm"
+            return f"{layer}.{norm}", "out"
+        for child in _ATTENTION if kind == "attn_out" else _MLP:
+            if f"{layer}.{child}" in modules:
+                return f"{layer}.{child}", "out"
+    children = sorted(
+        path for path in modules if path.startswith(f"{layer}.") and path.count(".") == layer.count(".") + 1
+    )
+    raise ConfigError(
+        f"site {name!r}: {kind} has no known module here; give a module path, for example of: {', '.join(children)}"
+    )
+
+
+def _unknown(name: str, path: str, modules: list[str], layers: str | None, n_layers: int) -> str:
+    """Return the message for a site that does not exist, with real paths that are near to it."""
+    near = difflib.get_close_matches(path, [module for module in modules if module], n=3, cutoff=0.5)
+    if layers is not None and not near:
+        near = [f"{layers}.{min(n_layers - 1, n_layers // 2)}", f"resid_post.{n_layers // 2}"]
+    return f"unknown site {name!r}: the model has no such module; did you mean {', '.join(near)}?"

@@ -1,0 +1,133 @@
+"""From documents to segments: special tokens, cutting to the context length, which tokens are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from saeforge.errors import ConfigError
+
+NO_POSITION = 0xFFFFFFFF
+_PROBE = "the quick brown fox"
+
+
+@dataclass(frozen=True)
+class Specials:
+    """Special tokens of a tokenizer.
+
+    Attributes:
+        prefix: ids that it puts before a text (BOS, CLS).
+        suffix: ids that it puts behind a text (EOS, SEP).
+        dropped: ids that are never kept, wherever they stand; the unknown token is text, unless it serves as another.
+        pad: id for padding.
+    """
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    dropped: frozenset[int]
+    pad: int
+
+
+def find_specials(tokenizer: Any) -> Specials:
+    """Find prefix and suffix by tokenizing a text with and without special tokens.
+
+    Raises:
+        ConfigError: the tokenizer rewrites the text when it adds special tokens.
+    """
+    plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    full = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            break
+    else:
+        raise ConfigError("the tokenizer changes a text's tokens when it adds special tokens; it cannot be used here")
+    dropped = set(tokenizer.all_special_ids)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+    if tokenizer.unk_token_id not in {getattr(tokenizer, name, None) for name in names}:
+        dropped.discard(tokenizer.unk_token_id)
+    pad = tokenizer.pad_token_id
+    return Specials(
+        prefix=tuple(full[:start]),
+        suffix=tuple(full[start + len(plain) :]),
+        dropped=frozenset(dropped),
+        pad=0 if pad is None else int(pad),
+    )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of one document that a model sees alone, special tokens included.
+
+    Attributes:
+        document: number of the document.
+        tokens: uint32 ids.
+        positions: uint32 position of each token in its document; NO_POSITION for special tokens.
+        keep: whether the activation of a token is stored.
+    """
+
+    document: int
+    tokens: np.ndarray
+    positions: np.ndarray
+    keep: np.ndarray
+
+    @property
+    def kept(self) -> int:
+        """Number of kept tokens."""
+        return int(self.keep.sum())
+
+
+class Cutter:
+    """Cuts documents into segments of at most `context_length` tokens, special tokens included.
+
+    A segment depends on its document alone, so that rows do not depend on how segments are packed.
+
+    Args:
+        specials: of the tokenizer.
+        context_length: longest segment.
+        drop_first: also drop the first token of each segment: without a BOS it takes the attention sink's place.
+    """
+
+    def __init__(self, specials: Specials, context_length: int, *, drop_first: bool) -> None:
+        self.room = context_length - len(specials.prefix) - len(specials.suffix)
+        if self.room < 2:
+            raise ConfigError(
+                f"context_length {context_length} leaves no room beside special tokens; give a larger one"
+            )
+        self.specials = specials
+        self.drop_first = drop_first
+        self._dropped = np.array(sorted(specials.dropped), dtype=np.int64)
+
+    def cut(self, document: int, ids: list[int], *, budget: int | None = None) -> list[Segment]:
+        """Return the segments of a document's plain token ids that keep at least one row.
+
+        Args:
+            document: its number.
+            ids: token ids without special tokens.
+            budget: most rows to keep; what is beyond is not kept.
+        """
+        prefix, suffix = self.specials.prefix, self.specials.suffix
+        segments = []
+        left = len(ids) if budget is None else budget
+        for start in range(0, len(ids), self.room):
+            piece = np.array(ids[start : start + self.room], dtype=np.int64)
+            keep = ~np.isin(piece, self._dropped)
+            if self.drop_first:
+                keep[0] = False
+            keep &= np.cumsum(keep) <= left
+            kept = int(keep.sum())
+            left -= kept
+            if kept == 0:
+                continue
+            outside = (np.full(len(prefix), NO_POSITION), np.full(len(suffix), NO_POSITION))
+            positions = np.concatenate([outside[0], np.arange(start, start + len(piece)), outside[1]])
+            segments.append(
+                Segment(
+                    document,
+                    np.concatenate([np.array(prefix, dtype=np.int64), piece, suffix]).astype(np.uint32),
+                    positions.astype(np.uint32),
+                    np.concatenate([np.zeros(len(prefix), bool), keep, np.zeros(len(suffix), bool)]),
+                )
+            )
+        return segments
