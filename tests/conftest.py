@@ -10,6 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+# No test may reach a model hub or a tracking server, however pytest was started.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
 
 @pytest.fixture(autouse=True)
 def _restore_process() -> Iterator[None]:
