@@ -75,4 +75,5 @@ def probe_isolation(capture: Capture, segments: Sequence[Segment]) -> Isolation:
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the distance of rows relative to their norm."""
-    return torch.linalg.vector_norm(a - b, dim=-1) / torch.linalg.vector_norm(b, dim=-1).clamp_min(1e-12)
+    distance: torch.Tensor = torch.linalg.vector_norm(a - b, dim=-1)
+    return distance / torch.linalg.vector_norm(b, dim=-1).clamp_min(1e-12)

@@ -8,6 +8,7 @@ context starts. Contexts stand in their final, shuffled order.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from saeforge.data.tario import npy_header
 from saeforge.lm.capture import TokenBatch
 from saeforge.lm.tokens import Segment
 
@@ -90,9 +92,18 @@ def write_contexts(
     hashes = {}
     for name, array in arrays.items():
         path = folder / f"{split}.{name}.npy"
-        np.save(path, array)
+        _save(path, array)
         hashes[path.name] = hash_file(path)
     return hashes
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file durably; numpy's own writer reports a full disk without saying that it is one."""
+    with path.open("wb") as file:
+        file.write(npy_header(array, 128))
+        file.write(np.ascontiguousarray(array).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def hash_file(path: Path) -> str:

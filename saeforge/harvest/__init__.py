@@ -1,0 +1,32 @@
+"""From text to a dataset of activations: `saeforge harvest` and `saeforge.harvest.harvest`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from saeforge.harvest.config import HarvestConfig
+
+if TYPE_CHECKING:
+    from saeforge.data.manifest import Manifest
+
+__all__ = ["HarvestConfig", "harvest"]
+
+
+def harvest(config: HarvestConfig | None = None, **options: Any) -> Manifest:
+    """Run a language model over text and store its activations; continue where an earlier call stopped.
+
+    Args:
+        config: a configuration, or None and its fields as keywords.
+        options: fields of `HarvestConfig`, replacing those of `config`.
+
+    Returns:
+        The manifest of the finished dataset; open it with `saeforge.data.shards.ActivationDataset`.
+
+    Raises:
+        ConfigError: an option, the model, a site or the text is wrong.
+        DatasetError: too few tokens, NaN activations, or another dataset is in the way.
+        SaeforgeError: the disk is full.
+    """
+    from saeforge.harvest.run import run_harvest  # torch and transformers load here, not when options are parsed
+
+    return run_harvest(HarvestConfig.build(config, options))
