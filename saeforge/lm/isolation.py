@@ -40,7 +40,7 @@ def probe_isolation(capture: Capture, segments: Sequence[Segment]) -> Isolation:
 
     Args:
         capture: hooks on the model.
-        segments: at least two real segments of at least 3 tokens; the first three are used.
+        segments: real segments, at least one; the first two are used.
 
     Returns:
         Whether `position_ids` that restart isolate segments in this model.
@@ -52,7 +52,7 @@ def probe_isolation(capture: Capture, segments: Sequence[Segment]) -> Isolation:
     other = neighbour.flip(0)
     if torch.equal(other, neighbour):
         other = (neighbour + 1) % int(neighbour.max() + 2)
-    segment = torch.from_numpy(segments[1].tokens[:64].astype("int64"))
+    segment = torch.from_numpy(segments[min(1, len(segments) - 1)].tokens[:64].astype("int64"))
     positions = torch.cat([torch.arange(len(neighbour)), torch.arange(len(segment))])[None]
 
     def run(ids: torch.Tensor, position_ids: torch.Tensor | None) -> list[torch.Tensor]:
@@ -75,5 +75,4 @@ def probe_isolation(capture: Capture, segments: Sequence[Segment]) -> Isolation:
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the distance of rows relative to their norm."""
-    distance: torch.Tensor = torch.linalg.vector_norm(a - b, dim=-1)
-    return distance / torch.linalg.vector_norm(b, dim=-1).clamp_min(1e-12)
+    return (a - b).pow(2).sum(-1).sqrt() / b.pow(2).sum(-1).sqrt().clamp_min(1e-12)
