@@ -1,3 +1,43 @@
-"""Sparse autoencoders for language models: train, judge, read and steer."""
+"""Sparse autoencoders for language models: train, judge, read and steer.
+
+Names are imported when first used, so that `import saeforge` costs nothing and `saeforge.load` needs torch and
+safetensors alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from saeforge.cli.fit import fit as fit
+    from saeforge.errors import SaeforgeError as SaeforgeError
+    from saeforge.evaluation import evaluate as evaluate
+    from saeforge.harvest import harvest as harvest
+    from saeforge.sae import SAE as SAE
+    from saeforge.sae import load as load
+    from saeforge.training.train import train as train
+
+_PUBLIC = {
+    "SAE": "saeforge.sae",
+    "SaeforgeError": "saeforge.errors",
+    "evaluate": "saeforge.evaluation",
+    "fit": "saeforge.cli.fit",
+    "harvest": "saeforge.harvest",
+    "load": "saeforge.sae",
+    "train": "saeforge.training.train",
+}
+
+__all__ = ["SAE", "SaeforgeError", "evaluate", "fit", "harvest", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'saeforge' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -70,7 +70,7 @@ class SAE(nn.Module):
         super().__init__()
         d_sae, d_in = W_enc.shape
         d_out = W_dec.shape[-1]
-        expected = {
+        expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
             "b_enc": (b_enc, (d_sae,)),
             "W_dec": (W_dec, (d_sae, d_out)),
             "b_dec": (b_dec, (d_out,)),
@@ -93,7 +93,7 @@ class SAE(nn.Module):
         self.rule: Rule = rule
         self.k = k
         self.meta: dict[str, Any] = dict(meta or {})
-        for name, tensor in {"W_enc": W_enc, "b_enc": b_enc} | {key: pair[0] for key, pair in expected.items()}.items():
+        for name, tensor in [("W_enc", W_enc), *((key, pair[0]) for key, pair in expected.items())]:
             self.register_buffer(name, None if tensor is None else tensor.detach().clone().contiguous())
 
     @property
@@ -212,14 +212,14 @@ class SAE(nn.Module):
         try:
             meta = json.loads(meta_path.read_text())
             with safe_open(weights, framework="pt", device=str(device)) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the SAE in {folder} is damaged ({error}); save or copy it again") from error
         if not isinstance(meta, dict) or meta.get("format") != "saeforge-sae":
             raise CheckpointError(f"{meta_path} is not a saeforge SAE; other tools' SAEs are imported, not loaded")
         if meta["version"] > FORMAT_VERSION:
             raise CheckpointError(
-                f"{folder} has SAE format {meta['version']}, this saeforge reads up to {FORMAT_VERSION}; upgrade saeforge"
+                f"{folder} has SAE format {meta['version']}, this saeforge reads up to {FORMAT_VERSION}; upgrade it"
             )
         missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
         if missing:

@@ -110,7 +110,7 @@ class Plan:
         return (order[:, None] * self.unit + np.arange(self.unit)).ravel()
 
     def pieces(self, batch: int) -> tuple[int, list[Piece]]:
-        """Where batch number `batch` (absolute, over all passes) lies: its pass, and pieces that hold for every lane."""
+        """Where batch number `batch` (counted over all passes) lies: its pass, and the pieces of every lane."""
         pass_index, index = divmod(batch, self.batches_per_pass)
         start, stop = index * self.lane_rows, (index + 1) * self.lane_rows
         pieces = []

@@ -173,17 +173,15 @@ def _rows(data: Any, name: str) -> Tensor:
         if not parts:
             raise DatasetError(f"{name} yielded nothing; expected chunks of shape (rows, d_in)")
         data = torch.cat(parts)
+    assert isinstance(data, Tensor)
     if data.ndim != 2:
         raise ConfigError(f"{name} has shape {tuple(data.shape)}; expected (rows, d_in): flatten leading dimensions")
     if not data.is_floating_point():
         raise ConfigError(f"{name} holds {data.dtype}; expected floating point activations")
     data = data.detach().cpu()
-    if data.dtype not in (torch.bfloat16, torch.float32):
-        data = data.float()
-    for start in range(0, len(data), 1 << 16):
-        bad = (~torch.isfinite(data[start : start + (1 << 16)])).any(1).nonzero()
+    rows: Tensor = data if data.dtype in (torch.bfloat16, torch.float32) else data.float()
+    for start in range(0, len(rows), 1 << 16):
+        bad = (~torch.isfinite(rows[start : start + (1 << 16)])).any(1).nonzero()
         if len(bad):
-            raise DatasetError(
-                f"{name} row {start + int(bad[0])} holds NaN or infinite values; remove or mend such rows"
-            )
-    return data.contiguous()
+            raise DatasetError(f"{name} row {start + int(bad[0])} holds NaN or infinite values; remove or mend such rows")
+    return rows.contiguous()

@@ -7,6 +7,8 @@ Loggers, devices, precision, optimizers, data and checkpoints are not its busine
 
 from __future__ import annotations
 
+import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -90,6 +92,21 @@ class Variant(nn.Module, ABC):
     target_scale: Tensor
     tokens_since_fired: Tensor
     firing_counts: Tensor
+    #: The constructor's arguments as given, defaults included: what a checkpoint is compared by.
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Variant:
+        """Records `arguments`, so that no variant has to."""
+        variant = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls).bind(*args, **kwargs)
+        except TypeError:
+            return (
+                variant  # unpickling calls without arguments and restores them with the rest; else __init__ complains
+            )
+        bound.apply_defaults()
+        variant.__dict__["arguments"] = dict(bound.arguments)
+        return variant
 
     def __init__(self, d_in: int, d_out: int, *, d_sae: int, input_scale: InputScale) -> None:
         super().__init__()
@@ -202,7 +219,7 @@ class Variant(nn.Module, ABC):
     @final
     @torch.no_grad()
     def constrain_(self) -> None:
-        """Restores the constraints of `param_groups`; needed after any optimizer but `RowAdam`, which does it itself."""
+        """Restores the constraints of `param_groups`, after any optimizer but `RowAdam`, which does it itself."""
         for group in self.param_groups():
             if group.get("constraint") == "unit_norm":
                 for parameter in group["params"]:
@@ -211,29 +228,36 @@ class Variant(nn.Module, ABC):
     @final
     @torch.no_grad()
     def folded(
-        self, W_enc: Tensor, b_enc: Tensor, shift: Tensor | None, W_dec: Tensor, b_dec: Tensor, *, unit_norm: bool
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Folds scale, pre-encoder bias and (on request) decoder norms into raw-unit weights.
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        *,
+        shift: Tensor | None = None,
+        k: int | None = None,
+        threshold: Tensor | None = None,
+    ) -> SAE:
+        """Folds scale, pre-encoder bias and decoder norms into an SAE on raw activations.
 
-        A latent then is worth its value times a decoder row in raw units; with `unit_norm` those rows have norm 1, so
-        that values are lengths in activation space. Rows may be rescaled one by one only under a threshold rule:
-        under top-k that would change who is chosen.
-
-        Returns:
-            The tensors of `SAE` without its rule, and the factor (d_sae,) by which pre-activations were multiplied.
+        Give either `k` or `threshold` (on the variant's own pre-activations). Under a threshold rule decoder rows get
+        norm 1, so that values are lengths in activation space; under top-k rescaling rows one by one would change who
+        is chosen, so only the scalar is folded in.
         """
         if shift is not None:
             b_enc = b_enc - W_enc @ shift
-        norms = W_dec.norm(dim=1) if unit_norm else W_dec.new_ones(self.d_sae)
+        norms = W_dec.norm(dim=1) if k is None else W_dec.new_ones(self.d_sae)
         norms = torch.where(norms > 0, norms, 1.0)  # a latent without a direction stays as it is
         factor = norms / self.target_scale
-        tensors = {
-            "W_enc": W_enc * (factor * self.scale)[:, None],
-            "b_enc": b_enc * factor,
-            "W_dec": W_dec / norms[:, None],
-            "b_dec": b_dec / self.target_scale,
-        }
-        return tensors, factor
+        return SAE(
+            W_enc * (factor * self.scale)[:, None],
+            b_enc * factor,
+            W_dec / norms[:, None],
+            b_dec / self.target_scale,
+            rule="topk" if threshold is None else "threshold",
+            k=k,
+            threshold=None if threshold is None else threshold * factor,
+        )
 
 
 def input_scale(kind: InputScale, stats: Statistics) -> float:
@@ -246,7 +270,9 @@ def input_scale(kind: InputScale, stats: Statistics) -> float:
         return 1.0
     if stats.mean_square_norm <= 0:
         raise ConfigError("the activations are all zero: nothing to scale; check the harvested site")
-    return stats.mean_square_norm**-0.5 if kind == "rms" else len(stats.mean) ** 0.5 / stats.mean_norm
+    if kind == "rms":
+        return 1 / math.sqrt(stats.mean_square_norm)
+    return math.sqrt(len(stats.mean)) / stats.mean_norm
 
 
 def random_unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:

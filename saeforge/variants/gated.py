@@ -27,7 +27,7 @@ from saeforge.variants.base import (
 
 @final
 class Gated(Variant):
-    """One path decides who is active, another how strongly ("Improving dictionary learning with gated SAEs", 2404.16014).
+    """One path decides who is active, another how strongly (Rajamanoharan et al., arXiv 2404.16014).
 
     `pi = W_gate (x - b_dec)`, `f = 1[pi + b_gate > 0] * ReLU(exp(r_mag) pi + b_mag)`, `x_hat = f W_dec + b_dec`. Loss:
     `|x - x_hat|^2 + l1 |ReLU(pi + b_gate)|_1 + |x - ReLU(pi + b_gate) sg(W_dec) - sg(b_dec)|^2`. The gate learns from
@@ -118,8 +118,7 @@ class Gated(Variant):
         """The gate as a threshold on the magnitude: active iff exp(r) pi + b_mag > b_mag - exp(r) b_gate, and > 0."""
         rate = self.r_mag.exp()
         shift = self.b_dec if self.pre_bias else None
-        tensors, factor = self.folded(
-            self.W_gate * rate[:, None], self.b_mag, shift, self.W_dec, self.b_dec, unit_norm=True
+        threshold = (self.b_mag - rate * self.b_gate).clamp_min(0.0)
+        return self.folded(
+            self.W_gate * rate[:, None], self.b_mag, self.W_dec, self.b_dec, shift=shift, threshold=threshold
         )
-        threshold = ((self.b_mag - rate * self.b_gate) * factor).clamp_min(0.0)
-        return SAE(**tensors, rule="threshold", threshold=threshold)

@@ -104,5 +104,5 @@ class L1ReLU(Variant):
     @torch.no_grad()
     def fold(self) -> SAE:
         """Threshold 0; decoder rows of norm 1 in raw units."""
-        tensors, _ = self.folded(self.W_enc, self.b_enc, None, self.W_dec, self.b_dec, unit_norm=True)
-        return SAE(**tensors, rule="threshold", threshold=torch.zeros_like(self.b_enc))
+        zero = torch.zeros_like(self.b_enc)
+        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold=zero)

@@ -151,5 +151,4 @@ class TopK(Variant):
     def fold(self) -> SAE:
         """Rule `topk`."""
         shift = self.b_dec if self.pre_bias else None
-        tensors, _ = self.folded(self.W_enc, self.b_enc, shift, self.W_dec, self.b_dec, unit_norm=False)
-        return SAE(**tensors, rule="topk", k=self.k)
+        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, shift=shift, k=self.k)

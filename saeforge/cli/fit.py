@@ -1,0 +1,224 @@
+"""`saeforge fit`: LightningCLI over one module, one data module and one trainer."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from saeforge.cli import variant_names
+from saeforge.cli.parsing import PARSER_MODE, configure_jsonargparse, fail
+from saeforge.errors import ConfigError
+from saeforge.registry import VARIANTS
+from saeforge.sae import SAE, load
+from saeforge.training.data import ActivationData
+from saeforge.training.module import SAEModule
+from saeforge.training.run_folder import check_free
+from saeforge.training.trainer import SAETrainer
+
+DEFAULT_RUN = "runs/default"
+_LINKED = ("d_in", "d_out")
+
+
+class FitParser(LightningArgumentParser):
+    """LightningCLI's parser with one-line errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises ConfigError with the message in one line."""
+        fail(self, message, ex)
+
+
+class FitCLI(LightningCLI):
+    """What LightningCLI does, plus the RUN folder and the links from data to model."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` alone; judging is `saeforge evaluate`."""
+        return {"fit": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--run`, `--overwrite`, and what the dataset tells the model."""
+        parser.add_argument("--run", type=str, default=DEFAULT_RUN, help="Folder of this run (runs/<name>).")
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Start anew in a folder that already holds a run."
+        )
+        parser.link_arguments("run", "trainer.default_root_dir")
+        for name in _LINKED:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, after refusing linked keys that were set by hand (a file's would be dropped silently)."""
+        given = list(sys.argv[1:] if args is None else args)
+        _refuse_linked(given)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let a checkpoint's settings override the command line [style A1.7]."""
+
+    def before_instantiate_classes(self) -> None:
+        """Checks the RUN folder and points loggers at it."""
+        config = self.config["fit"]
+        run = Path(config["run"])
+        check_free(run, resume=config["ckpt_path"] is not None, overwrite=config["overwrite"])
+        loggers = config["trainer"]["logger"]
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            options = getattr(logger, "init_args", None)
+            if options is not None and options.get("save_dir") in (None, "."):
+                options["save_dir"] = str(run)
+            if options is not None and logger["class_path"].endswith("WandbLogger"):
+                run.mkdir(parents=True, exist_ok=True)
+                options["name"] = options.get("name") or run.name
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes RUN/config.yaml, and hands every resolved value to the logger."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called on rank 0 once the run begins."""
+        config = self.config.clone()
+        config["ckpt_path"], config["overwrite"] = None, False
+        text = self.parser.dump(config, skip_none=False)
+        run = Path(config["run"])
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(text)
+        assert isinstance(pl_module, SAEModule)
+        record = VARIANTS.name_of(type(pl_module.variant))
+        facts = {
+            "config": yaml.safe_load(text),
+            "data": pl_module.data.source.identity,
+            "variant": {"name": record.name, "distribution": record.distribution, "version": record.version},
+            "resolved": {
+                "total_steps": trainer.max_steps,
+                "dead_after_tokens": pl_module.variant.run.dead_after_tokens,
+                **pl_module.identity(),
+            },
+        }
+        for logger in trainer.loggers:
+            logger.log_hyperparams(facts)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments after `saeforge fit`.
+
+    Returns:
+        Exit code; 130 or 143 after Ctrl-C or SIGTERM, with the run saved.
+    """
+    args = ["fit", *argv]
+    # Lightning starts further ranks by running sys.argv again; where that is this very command, let it be the source.
+    cli = run_cli(None if sys.argv[1:] == args else args)
+    trainer: SAETrainer = cli.trainer
+    folder = trainer.run_folder
+    if folder is not None and folder.stopped_by is not None:
+        if trainer.is_global_zero:
+            print(
+                f"saeforge: stopped by {folder.stopped_by} after step {trainer.global_step}; go on with "
+                f"`saeforge fit --config {folder.run}/config.yaml --ckpt_path last`",
+                file=sys.stderr,
+            )
+        return 130 if folder.stopped_by == "SIGINT" else 143
+    if folder is not None and trainer.is_global_zero:
+        print(f"saeforge: trained {trainer.global_step:,} steps; the SAE is in {folder.run / 'sae'}")
+    return 0
+
+
+def run_cli(args: list[str] | None) -> FitCLI:
+    """Parses, builds and trains. args: `["fit", ...]`, or None for this process's own."""
+    configure_jsonargparse()
+    variant_names.install()
+    _quieten()
+    try:
+        return FitCLI(
+            SAEModule,
+            ActivationData,
+            trainer_class=SAETrainer,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,
+            parser_class=FitParser,
+            parser_kwargs={"parser_mode": PARSER_MODE, "prog": "saeforge"},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> SAE:
+    """`saeforge fit` from Python.
+
+    Args:
+        configs: YAML files, or mappings of the same shape; later ones win.
+        overrides: single keys with dots as double underscores: `data__path="acts"`, `model__variant="topk"`.
+
+    Returns:
+        The trained SAE.
+
+    Raises:
+        SaeforgeError: as the command would print it.
+        KeyboardInterrupt: the run was stopped; RUN/checkpoints/last.ckpt holds its state.
+    """
+    args = ["fit"]
+    for config in configs:
+        args += ["--config", yaml.safe_dump(config) if isinstance(config, dict) else str(config)]
+    for key, value in overrides.items():
+        text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n")
+        args.append(f"--{key.replace('__', '.')}={text.strip()}")
+    cli = run_cli(args)
+    folder = cli.trainer.run_folder
+    if folder.stopped_by is not None:
+        raise KeyboardInterrupt
+    return load(folder.run)
+
+
+def _refuse_linked(args: list[str]) -> None:
+    """Refuses `model.d_in` in files and arguments: the dataset knows it."""
+    message = "model.{} is read from the dataset and cannot be set; remove it (the width is that of data.path)"
+    for name in _LINKED:
+        if any(arg.split("=")[0] == f"--model.{name}" for arg in args):
+            raise ConfigError(message.format(name))
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        name, _, inline = flag.partition("=")
+        if name not in ("-c", "--config"):
+            continue
+        source = inline or value
+        path = Path(source) if len(source) < 4096 else None
+        is_file = path is not None and "\n" not in source and path.is_file()
+        try:
+            content = yaml.safe_load(path.read_text() if is_file and path is not None else source)
+        except (yaml.YAMLError, OSError):
+            continue  # the parser says what is wrong with it
+        if not isinstance(content, dict):
+            continue
+        for part in (content, content.get("fit")):
+            model = part.get("model") if isinstance(part, dict) else None
+            for key in _LINKED:
+                if isinstance(model, dict) and key in model:
+                    raise ConfigError(message.format(key))
+
+
+def _quieten() -> None:
+    """Drops Lightning's advertisements and its hints that do not apply; warnings stay."""
+
+    class NoTips(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            text = record.getMessage()
+            return "Tip:" not in text and "available:" not in text
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(name).addFilter(NoTips())

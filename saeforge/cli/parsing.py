@@ -1,0 +1,62 @@
+"""How every command reads its options: `--config`, interpolation that follows overrides, errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from saeforge.errors import ConfigError
+
+#: `${data.d}` in a file is absolute to that file; both settings together make it follow later overrides [style A1.3].
+PARSER_MODE = "omegaconf+"
+
+
+def configure_jsonargparse() -> None:
+    """Process-wide settings that all parsers share."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, omegaconf_absolute_to_relative_paths=True)
+
+
+def fail(parser: ArgumentParser, message: str, cause: Exception | None) -> NoReturn:
+    """Raises a parser's complaint as one line with a suggestion, instead of printing a page of usage.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(_one_line(message) + _suggestion(parser, message)) from cause
+
+
+class OneLineParser(ArgumentParser):
+    """A parser whose errors are one line instead of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises ConfigError with the message in one line."""
+        fail(self, message, ex)
+
+
+def _one_line(message: str) -> str:
+    text = re.sub(r"\s+", " ", message).strip()
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+def _suggestion(parser: ArgumentParser, message: str) -> str:
+    """The nearest existing key, for a key that does not exist."""
+    found = re.search(
+        r"Unrecognized arguments: --([\w.]+)|Key '([\w.]+)' is not expected|[Nn]ested key:? '([\w.]+)'", message
+    )
+    if not found:
+        found = re.search(
+            r"Option '([\w.]+)' is not accepted|Group '[\w.]+' does not accept (?:nested key|option) '([\w.]+)'",
+            message,
+        )
+    if not found:
+        return ""
+    wrong: Any = next(part for part in found.groups() if part)
+    keys = {action.dest for action in parser._actions if action.dest and action.dest != "help"}
+    last = {key.rsplit(".", 1)[-1]: key for key in sorted(keys)}
+    close = difflib.get_close_matches(wrong, keys, n=1) or difflib.get_close_matches(
+        wrong.rsplit(".", 1)[-1], last, n=1
+    )
+    return f" Did you mean {last.get(close[0], close[0])!r}?" if close else ""

@@ -1,0 +1,151 @@
+"""`ActivationData`: the LightningDataModule between a block source and the trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from saeforge.data.batch import Batch
+from saeforge.data.loader import TrainLoader, ValidationLoader
+from saeforge.data.plan import Plan
+from saeforge.data.source import BlockSource, ShardSource
+from saeforge.errors import ConfigError
+from saeforge.ops import Group
+
+#: Steps of a run whose length was not given: at least this many, however small the dataset.
+MIN_DEFAULT_STEPS = 2000
+
+
+class ActivationData(LightningDataModule):
+    """Batches of activations from a dataset that `saeforge harvest` wrote.
+
+    Args:
+        path: folder of the dataset.
+        input: site to read, if the dataset has several.
+        target: site to reconstruct from the input (a transcoder); null reconstructs the input.
+        batch_size: rows of an optimizer step, over all devices together.
+        tokens: length of the run in tokens; null leaves it to trainer.max_steps, else one pass (at least 2,000 steps).
+        lanes: parallel streams that make up a batch; any multiple of every number of devices you will ever use.
+        window_blocks: blocks of a lane that are shuffled together.
+        validation_rows: held-out rows per validation.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        input: str | None = None,
+        target: str | None = None,
+        batch_size: int = 4096,
+        tokens: int | None = None,
+        lanes: int = 8,
+        window_blocks: int = 4,
+        validation_rows: int = 65_536,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._configure(
+            ShardSource(path, input=input, target=target),
+            batch_size,
+            tokens,
+            lanes,
+            window_blocks,
+            validation_rows,
+            seed,
+        )
+
+    @classmethod
+    def of(
+        cls, source: BlockSource, *, batch_size: int = 4096, tokens: int | None = None, **options: Any
+    ) -> ActivationData:
+        """The same over any block source. Options: lanes, window_blocks, validation_rows, seed."""
+        data = cls.__new__(cls)
+        LightningDataModule.__init__(data)
+        defaults = {"lanes": 8, "window_blocks": 4, "validation_rows": 65_536, "seed": 0}
+        data._configure(source, batch_size, tokens, **{**defaults, **options})
+        return data
+
+    def _configure(
+        self,
+        source: BlockSource,
+        batch_size: int,
+        tokens: int | None,
+        lanes: int,
+        window_blocks: int,
+        validation_rows: int,
+        seed: int,
+    ) -> None:
+        if tokens is not None and tokens < batch_size:
+            raise ConfigError(f"data.tokens = {tokens} is less than one batch of {batch_size}")
+        self.source, self.batch_size, self.tokens, self.validation_rows = source, batch_size, tokens, validation_rows
+        self.plan = Plan(source.n_blocks("train"), source.block_rows("train"), batch_size, lanes, window_blocks, seed)
+        self._loader: TrainLoader | None = None
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        return self.source.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of the target."""
+        return self.source.d_out
+
+    def total_steps(self, max_steps: int) -> int:
+        """Optimizer steps of the run.
+
+        Args:
+            max_steps: `trainer.max_steps`; -1 if it was not given.
+
+        Raises:
+            ConfigError: both lengths given.
+        """
+        if self.tokens is not None and max_steps > 0:
+            raise ConfigError("data.tokens and trainer.max_steps both set the length of the run; give one of them")
+        if self.tokens is not None:
+            return self.tokens // self.batch_size
+        return max_steps if max_steps > 0 else max(MIN_DEFAULT_STEPS, self.plan.batches_per_pass)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Batches of the whole run, from the restored position on."""
+        group = Group.world()
+        assert self.trainer is not None
+        # With gradient accumulation a step takes several batches.
+        total = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        self._loader = TrainLoader(self.source, self.plan, total, rank=group.rank, world=group.size)
+        if self._state is not None:
+            self._loader.load_state_dict(self._state)
+        elif self.trainer.global_step > 0:
+            rank_zero_warn("the checkpoint carries no position in the data: reading starts from the beginning")
+        return self._loader
+
+    def val_dataloader(self) -> ValidationLoader | list[Any]:
+        """Held-out rows; nothing if the dataset has no validation split."""
+        if self.source.n_blocks("validation") == 0:
+            return []
+        group = Group.world()
+        return ValidationLoader(
+            self.source, self.batch_size, max_rows=self.validation_rows, rank=group.rank, world=group.size
+        )
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Moves a batch; `target` stays the same tensor as `x` where it was."""
+        x = batch.x.to(device, non_blocking=True)
+        target = x if batch.target is batch.x else batch.target.to(device, non_blocking=True)
+        return Batch(x, target, batch.weight, batch.group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's state: also here, since Lightning drops a loader's own at the end of an epoch [data 5.5]."""
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remembers the position for the loader to come."""
+        self._state = state_dict or None
+        if self._state is not None:
+            TrainLoader(self.source, self.plan, 0).load_state_dict(self._state)  # refuse early, before weights load
+            if self._loader is not None:
+                self._loader.load_state_dict(self._state)

@@ -1,0 +1,91 @@
+"""`train()`: an SAE from activations in memory (or a dataset), in one call. The same run as `saeforge fit`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import seed_everything
+from torch import Tensor
+
+from saeforge.data.source import BlockSource, ShardSource, TensorSource
+from saeforge.errors import ConfigError
+from saeforge.registry import VARIANTS
+from saeforge.sae import SAE
+from saeforge.training.data import ActivationData
+from saeforge.training.module import SAEModule
+from saeforge.training.trainer import SAETrainer
+from saeforge.variants import Variant
+
+
+def train(
+    x: Tensor | np.ndarray | Iterable[Tensor] | str | Path,
+    *,
+    variant: str | type[Variant] = "topk",
+    target: Tensor | np.ndarray | None = None,
+    tokens: int | None = None,
+    batch_size: int = 4096,
+    lr: float | None = None,
+    precision: str = "32-true",
+    validation_share: float = 0.1,
+    seed: int = 0,
+    run: str | Path | None = None,
+    progress: bool | None = None,
+    trainer: dict[str, Any] | None = None,
+    **options: Any,
+) -> SAE:
+    """Trains an SAE and returns it.
+
+    Args:
+        x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk.
+        variant: entry-point name or class.
+        target: (n, d_out) to reconstruct instead of x (a transcoder).
+        tokens: length of the run; default: one pass, at least 2,000 steps.
+        batch_size: rows of an optimizer step. Smaller than given if x is small.
+        lr: learning rate; default: the variant's recipe.
+        precision: "32-true" or "bf16-mixed".
+        validation_share: share of x held out for the figures shown while training.
+        seed: of weights and order.
+        run: RUN folder to write; default: nothing is written.
+        progress: show a progress bar; default: on a terminal.
+        trainer: further arguments of Lightning's Trainer, e.g. `{"devices": 2, "strategy": "ddp"}`.
+        options: of the variant, e.g. `d_sae=4096, k=32`.
+
+    Returns:
+        The folded SAE; `sae.meta` holds its provenance.
+
+    Raises:
+        ConfigError, DatasetError, PluginError: see their messages.
+    """
+    cls = VARIANTS.load(variant) if isinstance(variant, str) else variant
+    source: BlockSource
+    if isinstance(x, (str, Path)):
+        source = ShardSource(str(x))
+    else:
+        source = TensorSource(x, target, validation_share=validation_share)
+        # A small x still holds several batches per pass; 8 lanes divide every power of two from 8 on.
+        while batch_size > 64 and batch_size * 4 > source.n_blocks("train") * source.block_rows("train"):
+            batch_size //= 2
+    seed_everything(seed, verbose=False)
+    data = ActivationData.of(source, batch_size=batch_size, tokens=tokens, seed=seed)
+    try:
+        build = functools.partial(cls, **options)
+        module = SAEModule(build, data.d_in, data.d_out, lr=lr, seed=seed)
+    except TypeError as error:
+        raise ConfigError(f"variant {variant}: {error}") from error
+    settings: dict[str, Any] = {
+        "accelerator": "auto",
+        "devices": 1,
+        "enable_progress_bar": sys.stderr.isatty() if progress is None else progress,
+        "precision": precision,
+        "default_root_dir": None if run is None else str(run),
+        **(trainer or {}),
+    }
+    SAETrainer(**settings).fit(module, data)
+    sae = module.variant.fold()
+    sae.meta = module.provenance()
+    return sae

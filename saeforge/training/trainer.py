@@ -1,0 +1,120 @@
+"""`SAETrainer`: Lightning's Trainer with the house rules, used by the command line and by `train()` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+from saeforge.errors import CheckpointError, ConfigError
+from saeforge.training.callbacks import ProgressBar, Telemetry, ValidationTable
+from saeforge.training.data import ActivationData
+from saeforge.training.module import SAEModule
+from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint
+
+#: Checkpoints of a run whose rhythm was not given.
+CHECKPOINTS_PER_RUN = 10
+VALIDATIONS_PER_RUN = 10
+
+
+class SAETrainer(Trainer):
+    """Lightning's Trainer; `default_root_dir` is the RUN folder (None: nothing is written).
+
+    What differs: one epoch is the whole run (passes over the data repeat inside it); figures are read out every
+    `log_every_n_steps`; checkpoints are written atomically to RUN/checkpoints/last.ckpt; Ctrl-C and SIGTERM finish the
+    step, save and stop; buffers are not broadcast under DDP, since every rank computes the same ones.
+
+    Raises:
+        ConfigError: `gradient_clip_val` (the optimizer clips: `model.max_grad_norm`), or another precision than
+            32-true and bf16-mixed.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("gradient_clip_val") is not None:
+            raise ConfigError(
+                f"trainer.gradient_clip_val = {kwargs['gradient_clip_val']} would clip twice: the optimizer clips "
+                "already; set model.max_grad_norm instead"
+            )
+        precision = kwargs.get("precision") or "32-true"
+        if str(precision) not in ("32-true", "32", "bf16-mixed"):
+            raise ConfigError(
+                f"trainer.precision = {precision}: expected 32-true or bf16-mixed (16-mixed needs a loss scale that "
+                "the optimizer does not keep yet; bf16-true loses small updates)"
+            )
+        kwargs["precision"] = "32-true" if str(precision) == "32" else precision
+        if kwargs.get("max_epochs") not in (None, -1):
+            raise ConfigError(
+                "trainer.max_epochs is not used: set the run's length with data.tokens or trainer.max_steps"
+            )
+        root = kwargs.get("default_root_dir")
+        run = None if root is None else Path(root)
+        kwargs["max_epochs"] = -1
+        kwargs["num_sanity_val_steps"] = 0
+        kwargs["use_distributed_sampler"] = False
+        kwargs["enable_model_summary"] = kwargs.get("enable_model_summary") or False
+        kwargs["check_val_every_n_epoch"] = None
+        self._default_rhythm = kwargs.get("val_check_interval") is None
+        kwargs["val_check_interval"] = kwargs.get("val_check_interval") or 1 << 40
+        if kwargs.get("strategy") == "ddp":
+            kwargs["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        if kwargs.get("logger") in (None, True):
+            kwargs["logger"] = False if run is None else CSVLogger(run, name="csv")
+        callbacks = _as_list(kwargs.get("callbacks"))
+        bar = kwargs.get("enable_progress_bar")
+        own: list[Callback] = [Telemetry(), ValidationTable()]
+        self.run_folder = None if run is None else RunFolder(run)
+        if self.run_folder is not None:
+            own.append(self.run_folder)
+        if bar is not False:
+            own.append(ProgressBar())
+        self._own_checkpoint: ModelCheckpoint | None = None
+        if run is None:
+            kwargs["enable_checkpointing"] = False
+        elif kwargs.get("enable_checkpointing") is not False and not _has(callbacks, ModelCheckpoint):
+            self._own_checkpoint = ModelCheckpoint(
+                run / "checkpoints",
+                filename="last",
+                every_n_train_steps=1 << 40,
+                save_top_k=1,
+                enable_version_counter=False,
+                save_on_train_epoch_end=False,
+            )
+            own.append(self._own_checkpoint)
+        kwargs["callbacks"] = callbacks + own
+        kwargs["plugins"] = [*_as_list(kwargs.get("plugins")), AtomicCheckpointIO()]
+        super().__init__(**kwargs)
+
+    def fit(self, model: SAEModule, datamodule: ActivationData, ckpt_path: str | None = None) -> None:  # type: ignore[override]
+        """Trains to the end of the budget.
+
+        Args:
+            model: the host module.
+            datamodule: the data; it knows the length of the run.
+            ckpt_path: a checkpoint to resume from, or "last" for the one in the RUN folder.
+        """
+        steps = datamodule.total_steps(self.max_steps)
+        self.fit_loop.epoch_loop.max_steps = steps
+        if self._default_rhythm:
+            self.val_check_interval = max(1, steps // VALIDATIONS_PER_RUN) * self.accumulate_grad_batches
+        if self._own_checkpoint is not None:
+            self._own_checkpoint._every_n_train_steps = max(1, steps // CHECKPOINTS_PER_RUN)
+        if str(ckpt_path) == "last":
+            ckpt_path = str(last_checkpoint(Path(self.default_root_dir)))
+        if ckpt_path is not None and not Path(ckpt_path).is_file():
+            raise CheckpointError(f"no checkpoint at {ckpt_path}; expected a file such as RUN/checkpoints/last.ckpt")
+        super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def _has(callbacks: list[Callback], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
