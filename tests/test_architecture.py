@@ -74,10 +74,9 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
                 yield Import(name, node.lineno, lazy, typing_only)
         lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.body:
-                yield from visit(child, lazy, True)
-            for child in node.orelse:
-                yield from visit(child, lazy, typing_only)
+            for branch, typing in ((node.body, True), (node.orelse, typing_only)):
+                for statement in branch:
+                    yield from visit(statement, lazy, typing)
             return
         for child in ast.iter_child_nodes(node):
             yield from visit(child, lazy, typing_only)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from saeforge import __version__
+from saeforge import __version__, registry
 from saeforge.errors import PluginError
 from saeforge.registry import VARIANTS, PluginGroup, PluginRecord
 
@@ -111,6 +111,19 @@ def test_a_plugin_is_listed_without_being_imported_and_imported_when_asked_for(s
     assert record(group, "plain").status == "unloaded"
 
 
+def test_a_plugin_is_checked_once(site: Site, group: PluginGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    group.load("plain")
+
+    def refuse(candidate: object, base: type) -> list[str]:
+        return ["checked again"]
+
+    monkeypatch.setattr(registry, "contract_faults", refuse)
+    group.load("plain")
+    group.refresh()
+    with pytest.raises(PluginError, match="checked again"):
+        group.load("plain")
+
+
 def test_a_full_class_path_loads_without_any_entry_point(site: Site, group: PluginGroup) -> None:
     site.module("plug_good", GOOD)
     assert group.load("plug_good.Good").__name__ == "Good"
@@ -120,6 +133,12 @@ def test_a_full_class_path_loads_without_any_entry_point(site: Site, group: Plug
 def test_builtins_work_in_a_source_tree_without_metadata(group: PluginGroup) -> None:
     assert group.load("plain").__name__ == "Plain"
     assert (record(group, "plain").distribution, record(group, "plain").version) == ("saeforge", __version__)
+
+
+def test_old_metadata_of_saeforge_itself_does_not_contest_the_builtins(site: Site, group: PluginGroup) -> None:
+    site.distribution("saeforge", "plain = plug_base:Plain\ngone = plug_base:Gone", version="0.0.1")
+    assert group.names() == ["plain"]
+    assert record(group, "plain").version == __version__
 
 
 def test_refresh_sees_a_package_installed_since(site: Site, group: PluginGroup) -> None:
@@ -173,9 +192,12 @@ def test_name_and_version_of_an_egg_info_with_a_dash_are_the_true_ones(site: Sit
     assert (record(group, "one").distribution, record(group, "one").version) == ("my-plug", "2.5")
 
 
-def test_two_egg_infos_with_one_first_word_are_two_distributions(site: Site, group: PluginGroup) -> None:
-    site.distribution("my-one", "one = plug_one:One", info="my-one.egg-info")
-    site.distribution("my-two", "two = plug_two:Two", info="my-two.egg-info")
+def test_an_egg_info_hides_no_other_with_the_same_first_word(site: Site, group: PluginGroup) -> None:
+    # Folders are read in no particular order: with eight others, ours is hardly ever the first.
+    for number in range(8):
+        site.distribution(f"my-{number}", "[console_scripts]\nrun = a:b\n", info=f"my-{number}.egg-info")
+    site.distribution("my-plug", "one = plug_one:One", info="my-plug.egg-info")
+    site.distribution("my-other", "two = plug_two:Two", info="my-other.egg-info")
     assert group.names() == ["one", "plain", "two"]
 
 
@@ -408,6 +430,14 @@ def test_a_registered_class_stays_without_a_block_and_may_be_registered_again(si
     group.register("mine", good)
     group.register("mine", good)
     assert group.load("mine") is good
+
+
+def test_a_name_given_back_can_name_another_class(site: Site, group: PluginGroup) -> None:
+    site.module("plug_good", GOOD)
+    good, plain = group.load("plug_good.Good"), group.load("plain")
+    for cls in (good, plain):
+        with group.register("mine", cls):
+            assert group.load("mine") is cls
 
 
 @pytest.mark.parametrize(("name", "holder"), [("plain", r"saeforge \S+ \(plug_base:Plain"), ("good", "plug-good 1.0")])
