@@ -222,3 +222,5 @@ def _quieten() -> None:
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(name).addFilter(NoTips())
+    # Lightning 2.6 asks a question that torch 2.13 has renamed; users can do nothing about it.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")

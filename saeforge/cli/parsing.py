@@ -43,20 +43,24 @@ def _one_line(message: str) -> str:
 
 def _suggestion(parser: ArgumentParser, message: str) -> str:
     """The nearest existing key, for a key that does not exist."""
-    found = re.search(
-        r"Unrecognized arguments: --([\w.]+)|Key '([\w.]+)' is not expected|[Nn]ested key:? '([\w.]+)'", message
-    )
-    if not found:
-        found = re.search(
-            r"Option '([\w.]+)' is not accepted|Group '[\w.]+' does not accept (?:nested key|option) '([\w.]+)'",
-            message,
-        )
+    found = re.search(r"nrecognized arguments: --([\w.]+)|(?:option|nested key|Option|Key) '([\w.]+)'", message)
     if not found:
         return ""
-    wrong: Any = next(part for part in found.groups() if part)
-    keys = {action.dest for action in parser._actions if action.dest and action.dest != "help"}
-    last = {key.rsplit(".", 1)[-1]: key for key in sorted(keys)}
+    wrong = next(part for part in found.groups() if part)
+    keys = sorted(_keys(parser))
+    last = {key.rsplit(".", 1)[-1]: key for key in keys}
     close = difflib.get_close_matches(wrong, keys, n=1) or difflib.get_close_matches(
         wrong.rsplit(".", 1)[-1], last, n=1
     )
-    return f" Did you mean {last.get(close[0], close[0])!r}?" if close else ""
+    return f"; did you mean {last.get(close[0], close[0])!r}?" if close else ""
+
+
+def _keys(parser: Any) -> set[str]:
+    """All option names of a parser and its subcommands."""
+    keys: set[str] = set()
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            keys |= set().union(*(_keys(sub) for sub in action.choices.values()))
+        elif action.dest not in ("help", "config"):
+            keys.add(action.dest)
+    return keys

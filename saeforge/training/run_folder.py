@@ -118,7 +118,7 @@ class RunFolder(Callback):
         """Saves the state after the last step, and the SAE."""
         variant: Any = pl_module.variant
         stopped = variant.run.group.agree(self.stopped_by is not None, pl_module.device)
-        trainer.save_checkpoint(self.run / "checkpoints" / "last.ckpt")
+        trainer.save_checkpoint(self.run / "checkpoints" / "last.ckpt", weights_only=False)
         if trainer.is_global_zero and not stopped:
             sae = variant.fold()
             sae.meta = pl_module.provenance()  # type: ignore[operator]
