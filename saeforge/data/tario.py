@@ -90,6 +90,6 @@ def no_space(folder: Path, wanted: int) -> SaeforgeError:
     """Return the error for a full disk: how much is free, how much was wanted, what to do."""
     free = shutil.disk_usage(folder).free
     return SaeforgeError(
-        f"no space left under {folder}: {free / 2**20:.0f} MiB free, the shard being written has {wanted / 2**20:.0f} MiB "
+        f"no space left under {folder}: {free / 2**20:.0f} MiB free, the shard in writing has {wanted / 2**20:.0f} MiB "
         "so far; free some space and run the same command again (what is finished is kept), or choose another --out"
     )

@@ -91,7 +91,9 @@ class DatasetFolder:
             if found.get("config_sha256") == self.sha256:
                 self.card = found
                 return
-            if not overwrite:
+            # A try that failed before its first bucket (a wrong path, too little text) is in nobody's way.
+            begun = (self.root / "manifest.json").exists() or any((self.root / "index").glob("*.json"))
+            if begun and not overwrite:
                 different = sorted(k for k in {*options, *self.identity} if options.get(k) != self.identity.get(k))
                 raise ConfigError(
                     f"{self.root} holds a dataset made with other options ({', '.join(different)} differ); "
