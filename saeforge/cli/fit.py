@@ -65,6 +65,12 @@ class FitCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let a checkpoint's settings override the command line [style A1.7]."""
 
+    @property
+    def sae_trainer(self) -> SAETrainer:
+        """The trainer, by its own type."""
+        assert isinstance(self.trainer, SAETrainer)
+        return self.trainer
+
     def before_instantiate_classes(self) -> None:
         """Checks the RUN folder and points loggers at it."""
         config = self.config["fit"]
@@ -122,7 +128,7 @@ def run(argv: Sequence[str]) -> int:
     args = ["fit", *argv]
     # Lightning starts further ranks by running sys.argv again; where that is this very command, let it be the source.
     cli = run_cli(None if sys.argv[1:] == args else args)
-    trainer: SAETrainer = cli.trainer
+    trainer = cli.sae_trainer
     folder = trainer.run_folder
     if folder is not None and folder.stopped_by is not None:
         if trainer.is_global_zero:
@@ -180,7 +186,8 @@ def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> SAE:
         text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n")
         args.append(f"--{key.replace('__', '.')}={text.strip()}")
     cli = run_cli(args)
-    folder = cli.trainer.run_folder
+    folder = cli.sae_trainer.run_folder
+    assert folder is not None  # the command line always has a RUN folder
     if folder.stopped_by is not None:
         raise KeyboardInterrupt
     return load(folder.run)

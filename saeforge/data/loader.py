@@ -128,14 +128,22 @@ class ValidationLoader:
         batch_rows: rows of a batch (at least one block).
         max_rows: rows to read at most, over all ranks; None for all.
         rank, world: this process's place.
+        split: another split than "validation", read in the same way.
     """
 
     def __init__(
-        self, source: BlockSource, batch_rows: int, *, max_rows: int | None = None, rank: int = 0, world: int = 1
+        self,
+        source: BlockSource,
+        batch_rows: int,
+        *,
+        max_rows: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        split: str = "validation",
     ) -> None:
-        self.source = source
-        n_blocks = source.n_blocks("validation")
-        rows = source.block_rows("validation") if n_blocks else 1
+        self.source, self.split = source, split
+        n_blocks = source.n_blocks(split)
+        rows = source.block_rows(split) if n_blocks else 1
         if max_rows is not None:
             n_blocks = min(n_blocks, max(1, max_rows // rows))
         step = max(1, batch_rows // rows)
@@ -148,7 +156,7 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[Batch]:
         """All batches of this rank."""
         for blocks in self._batches:
-            parts = [self.source.read_block("validation", block) for block in blocks]
+            parts = [self.source.read_block(self.split, block) for block in blocks]
             x = torch.cat([part[0] for part in parts])
             targets = [part[1] for part in parts if part[1] is not None]
             yield Batch(x, torch.cat(targets) if targets else x)

@@ -70,6 +70,7 @@ class ShardSource:
             "site": _site(self.input),
             "target": None if self.target is None else _site(self.target),
             "dataset": self.fingerprint,
+            "dataset_path": str(path),
         }
 
     def n_blocks(self, split: str) -> int:
@@ -183,5 +184,5 @@ def _rows(data: Any, name: str) -> Tensor:
     for start in range(0, len(rows), 1 << 16):
         bad = (~torch.isfinite(rows[start : start + (1 << 16)])).any(1).nonzero()
         if len(bad):
-            raise DatasetError(f"{name} row {start + int(bad[0])} holds NaN or infinite values; remove or mend such rows")
+            raise DatasetError(f"{name} row {start + int(bad[0])} holds NaN or infinite values; remove such rows")
     return rows.contiguous()

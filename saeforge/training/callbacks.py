@@ -35,8 +35,8 @@ class Telemetry(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reads out, when it is time."""
-        step = trainer.global_step
-        if step % trainer.log_every_n_steps and step != trainer.max_steps:
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]  # a property
+        if step % every and step != trainer.max_steps:
             return
         assert isinstance(pl_module, SAEModule)
         variant = pl_module.variant

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-import saeforge
+from saeforge import __version__
 from saeforge.data.batch import Batch
 from saeforge.data.loader import sample_rows
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
@@ -119,7 +119,7 @@ class SAEModule(LightningModule):
         if self._optimizer is None:
             optimizer: torch.optim.Optimizer = RowAdam(groups, **self.optimizer_settings())
         else:
-            optimizer = self._optimizer(groups)  # type: ignore[arg-type]  # Lightning types it as an iterable of tensors
+            optimizer = self._optimizer(groups)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 
@@ -217,7 +217,7 @@ class SAEModule(LightningModule):
                 "steps": self.global_step,
                 "tokens": self.global_step * self.data.batch_size * self.trainer.accumulate_grad_batches,
                 "precision": str(self.trainer.precision),
-                "saeforge": saeforge.__version__,
+                "saeforge": __version__,
                 "torch": torch.__version__,
             },
         }

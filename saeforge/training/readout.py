@@ -57,7 +57,7 @@ class ReadOut:
         if not math.isfinite(values["loss"]):
             terms = ", ".join(f"{name[5:]} = {value:g}" for name, value in values.items() if name.startswith("term/"))
             raise SaeforgeError(
-                f"the loss is {values['loss']} ({terms}) within the last {steps / group.size:.0f} steps; lower model.lr, "
-                "or check the activations with `saeforge evaluate`; the last checkpoint is intact"
+                f"the loss is {values['loss']} ({terms}) within the last {steps / group.size:.0f} steps; "
+                "lower model.lr, or check the activations; the last checkpoint is intact"
             )
         return values

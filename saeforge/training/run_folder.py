@@ -41,7 +41,8 @@ def check_free(run: Path, *, resume: bool, overwrite: bool) -> None:
         return
     if (run / "checkpoints" / "last.ckpt").exists() or (run / "sae").exists():
         raise ConfigError(
-            f"{run} already holds a run; go on with `--ckpt_path last`, choose another `--run`, or give `--overwrite true`"
+            f"{run} already holds a run; go on with `--ckpt_path last`, "
+            "choose another `--run`, or give `--overwrite true`"
         )
 
 
