@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -228,7 +227,12 @@ def test_a_killed_harvest_goes_on_and_ends_in_the_same_bytes(
         ActivationDataset.open(tmp_path / "killed")
     forwards = []
     original = run.make_bucket
-    monkeypatch.setattr(run, "make_bucket", lambda *args: forwards.append(args[3:5]) or original(*args))
+
+    def make_bucket(*args: Any) -> Any:
+        forwards.append(args[3:5])
+        return original(*args)
+
+    monkeypatch.setattr(run, "make_bucket", make_bucket)
     harvest(**given)
     whole, resumed = files_of(datasets["llama"]), files_of(tmp_path / "killed")
     buckets = [name for name in whole if name.startswith("index/")]
@@ -423,11 +427,12 @@ def test_wrong_text_files_are_told(home: Path, tmp_path: Path) -> None:
             harvest(**options(home, "gpt2", tmp_path / "o", text=str(tmp_path / "bad.jsonl")))
 
 
-def cli(*argv: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "saeforge.cli.main", "harvest", *argv], capture_output=True, text=True, env=environment
-    )
+GIVEN = ["--model", "/no/such/model", "--sites", "[h.1]", "--out", "o"]
+
+
+def cli(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "saeforge.cli.main", "harvest", *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
 def test_the_command_reads_a_config_and_prints_rows_size_and_place(home: Path, tmp_path: Path) -> None:
@@ -445,16 +450,21 @@ def test_the_command_reads_a_config_and_prints_rows_size_and_place(home: Path, t
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--n_token", "5"], "n_token"),
-        (["--n_tokens", "many"], "n_tokens"),
-        (["--model", "/no/such/model", "--sites", "[h.1]", "--out", "o"], "no such folder"),
+        ([*GIVEN, "--n_token", "5"], "--n_token"),
+        ([*GIVEN, "--n_tokens", "many"], "n_tokens"),
+        ([*GIVEN, "--config", "typo.yaml"], "'n_tokns' is not accepted; did you mean 'n_tokens'?"),
+        ([*GIVEN, "--config", "lost.yaml"], "nowhere"),
+        (GIVEN, "no such folder"),
         (["--config", "missing.yaml"], "missing.yaml"),
         ([], "model"),
     ],
 )
 def test_the_command_tells_mistakes_in_one_line(tmp_path: Path, argv: list[str], message: str) -> None:
-    done = cli(*argv)
-    assert done.returncode == 2
+    (tmp_path / "typo.yaml").write_text("n_tokns: 5\n")
+    (tmp_path / "lost.yaml").write_text("text: ${nowhere}\n")
+    done = cli(*argv, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert not (tmp_path / "o").exists()
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("saeforge: error: ")
     assert message in done.stderr

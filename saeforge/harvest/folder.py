@@ -47,6 +47,7 @@ class DatasetFolder:
             DatasetError: another process is at work here.
         """
         self._refuse_strangers()
+        fresh = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -58,6 +59,10 @@ class DatasetFolder:
                 ) from error
             self._read_card(overwrite=overwrite)
             yield
+        except Exception:
+            if fresh and "plan" not in self.card:  # nothing came of it: leave no trace of a mistyped command
+                shutil.rmtree(self.root)
+            raise
         finally:
             os.close(descriptor)
 
