@@ -44,8 +44,9 @@ def encode(
     Returns:
         A code whose values carry gradients to x, weight, bias and shift.
     """
-    values, indices, offsets = _Encode.apply(x, weight, bias, shift, select, dtype)
-    return SparseCode(values, indices, offsets, weight.shape[0], select.k)
+    cache: dict[str, tuple[Tensor, ...]] = {}
+    values, indices, offsets = _Encode.apply(x, weight, bias, shift, select, dtype, cache)
+    return SparseCode(values, indices, offsets, weight.shape[0], select.k, cache)
 
 
 def decode(code: SparseCode, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -95,11 +96,15 @@ class _Encode(torch.autograd.Function):
         shift: Tensor | None,
         select: Selection,
         dtype: torch.dtype | None,
+        cache: dict[str, tuple[Tensor, ...]],
     ) -> tuple[Tensor, Tensor, Tensor]:
         shifted = x if shift is None else x - shift
         code = select_code(shifted, weight, bias, select, dtype).trimmed()
         ctx.save_for_backward(shifted, weight)
-        ctx.code = code
+        # Detached: the output would hold the graph and the graph the output, a cycle that keeps every step's buffers
+        # alive until Python's collector happens to run. The cache is the caller's, so that one sort serves all.
+        cache.update(code._cache)
+        ctx.code = SparseCode(code.values.detach(), code.indices, code.offsets, code.d_sae, code.k, cache)
         ctx.mark_non_differentiable(code.indices, code.offsets)
         return code.values, code.indices, code.offsets
 
@@ -121,7 +126,7 @@ class _Encode(torch.autograd.Function):
             grad_shift = -(grad_bias @ weight)
         if need_x:
             grad_x = ops.gather_sum(code, grad, weight)
-        return grad_x, grad_weight, grad_bias if need_bias else None, grad_shift, None, None
+        return grad_x, grad_weight, grad_bias if need_bias else None, grad_shift, None, None, None
 
 
 class _Decode(torch.autograd.Function):
