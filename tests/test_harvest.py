@@ -21,6 +21,8 @@ from saeforge.data.shards import ActivationDataset
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 from saeforge.harvest import HarvestConfig, harvest, run
 
+ROOT = Path(__file__).parent.parent
+CONFIGS = [ROOT / "configs" / "quickstart" / "harvest.yaml", *sorted((ROOT / "configs" / "harvest").glob("*.yaml"))]
 KINDS = ("gpt2", "llama", "bert")
 LAYERS = {"gpt2": "h", "llama": "layers", "bert": "encoder.layer"}
 
@@ -478,3 +480,11 @@ def test_print_config_prints_what_config_reads(tmp_path: Path) -> None:
     assert again.stdout == printed.stdout
     for name in HarvestConfig.__dataclass_fields__:
         assert f"{name}:" in printed.stdout
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    from saeforge.cli.harvest import make_parser
+
+    parsed = make_parser().parse_args(["--config", str(path)]).as_dict()
+    HarvestConfig.build(None, {key: value for key, value in parsed.items() if key != "config"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 import tokenize
 from dataclasses import dataclass
@@ -88,9 +89,11 @@ class StandardLibrary:
 
     def __init__(self) -> None:
         self.root = Path(sysconfig.get_path("stdlib"))
-        self.files = sorted(
-            path for path in self.root.rglob("*.py") if not _STDLIB_SKIPPED & set(path.relative_to(self.root).parts)
-        )
+        found = []
+        for folder, subfolders, files in os.walk(self.root):
+            subfolders[:] = [name for name in subfolders if name not in _STDLIB_SKIPPED]  # site-packages can be huge
+            found += [Path(folder, name) for name in files if name.endswith(".py")]
+        self.files = sorted(found)
         if not self.files:
             raise ConfigError(
                 f"text stdlib: this Python keeps no .py files in {self.root}; give a folder of text instead"
