@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import make_documents, save_model, write_jsonl, write_text_folder
 from transformers import AutoModel, AutoTokenizer
 
 from saeforge.data.manifest import Manifest
 from saeforge.data.shards import ActivationDataset
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 from saeforge.harvest import HarvestConfig, harvest, run
+from tests.tiny_models import make_documents, save_model, write_jsonl, write_text_folder
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [ROOT / "configs" / "quickstart" / "harvest.yaml", *sorted((ROOT / "configs" / "harvest").glob("*.yaml"))]
 KINDS = ("gpt2", "llama", "bert")
 LAYERS = {"gpt2": "h", "llama": "layers", "bert": "encoder.layer"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and lose much where other work shares the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +233,7 @@ def test_a_killed_harvest_goes_on_and_ends_in_the_same_bytes(
 ) -> None:
     given = options(home, "llama", tmp_path / "killed")
     code = KILLED.replace("{after}", "5").replace("{options}", repr(given))
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ONE_THREAD)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (tmp_path / "killed" / "manifest.json").exists()
     with pytest.raises(DatasetError, match="an interrupted harvest goes on with the same command"):
@@ -384,6 +395,15 @@ def test_too_little_text_and_too_small_a_disk_are_told(
         harvest(**options(home, "gpt2", tmp_path / "b"))
 
 
+def test_saeforge_harvest_is_the_function_and_the_package(tmp_path: Path) -> None:
+    import saeforge
+
+    for _ in range(2):  # importing the package must not take the function's place
+        with pytest.raises(ConfigError, match="harvest needs the option 'model'"):
+            saeforge.harvest()
+    assert saeforge.harvest.harvest is harvest  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -429,12 +449,13 @@ def test_wrong_text_files_are_told(home: Path, tmp_path: Path) -> None:
             harvest(**options(home, "gpt2", tmp_path / "o", text=str(tmp_path / "bad.jsonl")))
 
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 GIVEN = ["--model", "/no/such/model", "--sites", "[h.1]", "--out", "o"]
 
 
 def cli(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "saeforge.cli.main", "harvest", *argv]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ONE_THREAD)
 
 
 def test_the_command_reads_a_config_and_prints_rows_size_and_place(home: Path, tmp_path: Path) -> None:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import D, save_model
 from transformers import AutoModel, AutoTokenizer
 
 from saeforge.errors import ConfigError
 from saeforge.lm.capture import Capture, TokenBatch
 from saeforge.lm.load import load_model, load_tokenizer, resolve_model
+from tests.tiny_models import D, save_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and lose much where other work shares the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "bert"])

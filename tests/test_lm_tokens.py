@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import make_documents, save_model
 
 from saeforge.errors import ConfigError
 from saeforge.lm.capture import Capture
@@ -19,6 +18,7 @@ from saeforge.lm.isolation import probe_isolation
 from saeforge.lm.load import load_model, load_tokenizer
 from saeforge.lm.pack import Contexts, pack_segments, write_contexts
 from saeforge.lm.tokens import NO_POSITION, Cutter, Specials, find_specials
+from tests.tiny_models import make_documents, save_model
 
 PLAIN = Specials(prefix=(), suffix=(), dropped=frozenset(), pad=0)
 WRAPPED = Specials(prefix=(1,), suffix=(2, 3), dropped=frozenset({1, 2, 3}), pad=0)

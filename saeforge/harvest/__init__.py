@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from saeforge.harvest.config import HarvestConfig
@@ -30,3 +32,13 @@ def harvest(config: HarvestConfig | None = None, **options: Any) -> Manifest:
     from saeforge.harvest.run import run_harvest  # torch and transformers load here, not when options are parsed
 
     return run_harvest(HarvestConfig.build(config, options))
+
+
+class _CallableModule(ModuleType):
+    """This package, callable: importing it binds `saeforge.harvest` to the package, over the function of that name."""
+
+    def __call__(self, config: HarvestConfig | None = None, **options: Any) -> Manifest:
+        return harvest(config, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule
