@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from saeforge.errors import ConfigError
 
 _CONSTRAINTS = (None, "unit_norm")
+# Without torch's wrapper: once any plain Adam exists it runs the step hooks, which `RowAdam.step` has run already.
+_adam_step = inspect.unwrap(torch.optim.Adam.step)
 
 
 class RowAdam(torch.optim.Adam):
@@ -44,10 +47,17 @@ class RowAdam(torch.optim.Adam):
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ConfigError(f"max_grad_norm = {max_grad_norm}: expected a positive number, or null for no clipping")
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
-        for group in self.param_groups:
-            if group.setdefault("constraint", None) not in _CONSTRAINTS:
-                raise ConfigError(f"constraint {group['constraint']!r}: expected 'unit_norm' or None")
         self.max_grad_norm = max_grad_norm
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; `constraint` is None if not given.
+
+        Raises:
+            ConfigError: an unknown constraint.
+        """
+        if param_group.setdefault("constraint", None) not in _CONSTRAINTS:
+            raise ConfigError(f"constraint {param_group['constraint']!r}: expected 'unit_norm' or None")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -67,7 +77,7 @@ class RowAdam(torch.optim.Adam):
         if self.max_grad_norm is not None:
             parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True)
-        super().step()
+        _adam_step(self)
         for parameter in constrained:
             unit_rows_(parameter)
         return loss
