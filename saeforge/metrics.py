@@ -40,7 +40,8 @@ class ReconstructionMetrics:
 
     * L0: number of latents != 0 of a token; mean, and the 5th, 50th, 95th percentile (nearest rank);
     * FVU = sum |r|^2 / sum |x - mu|^2 with mu the mean over everything seen, not over a batch;
-    * mse = sum |r|^2 / n (summed over dimensions); cosine = mean cos(x, x_hat); l2_ratio = mean |x_hat| / |x|;
+    * mse = sum |r|^2 / n (summed over dimensions); cosine = mean cos(x, x_hat); l2_ratio = mean |x_hat| / |x|
+      (a token without direction counts as 0 in both);
     * reconstruction_bias = sum |x_hat|^2 / sum x.x_hat (Rajamanoharan et al. 2024, eq. 10); below 1 is shrinkage;
     * dead: latents that never fired (a rate below 3/n with 95% confidence, if tokens were independent);
       dense_1pct, dense_10pct: latents that fired on more than 1% and 10% of tokens.
@@ -79,7 +80,7 @@ class ReconstructionMetrics:
                         square_hat.sum(),
                         dot.sum(),
                         (dot / (square * square_hat).sqrt().clamp_min(tiny)).sum(),
-                        (square_hat / square.clamp_min(tiny)).sqrt().sum(),
+                        torch.where(square > 0, (square_hat / square.clamp_min(tiny)).sqrt(), 0.0).sum(),
                     ]
                 ),
                 centred.sum(0),
@@ -89,7 +90,13 @@ class ReconstructionMetrics:
         self.counts += code.active_counts()
 
     def merge(self, other: ReconstructionMetrics) -> None:
-        """Adds everything another accumulator has seen; both must share the pivot."""
+        """Adds everything another accumulator has seen.
+
+        Raises:
+            ValueError: another pivot; the sums would not belong together.
+        """
+        if not torch.equal(self.pivot, other.pivot):
+            raise ValueError("merge() needs two accumulators with the same pivot")
         self.sums += other.sums
         self.l0_histogram += other.l0_histogram
         self.counts += other.counts
@@ -112,16 +119,19 @@ class ReconstructionMetrics:
         variance = spread - self.sums[7:].square().sum().item() / n
         cumulative = self.l0_histogram.cumsum(0)
 
-        def percentile(share: float) -> int:
-            return int(torch.searchsorted(cumulative, torch.tensor(max(1, round(share * n)), device=cumulative.device)))
+        def percentile(percent: int) -> int:
+            rank = -(
+                -percent * int(n) // 100
+            )  # nearest rank: the smallest L0 that this share of tokens does not exceed
+            return int(torch.searchsorted(cumulative, torch.tensor(rank, device=cumulative.device)))
 
         levels = torch.arange(self.d_sae + 1, dtype=torch.float64, device=self.sums.device)
         return Reconstruction(
             tokens=int(n),
             l0_mean=float((self.l0_histogram * levels).sum() / n),
-            l0_p5=percentile(0.05),
-            l0_p50=percentile(0.50),
-            l0_p95=percentile(0.95),
+            l0_p5=percentile(5),
+            l0_p50=percentile(50),
+            l0_p95=percentile(95),
             fvu=residual / variance if variance > 0 else float("nan"),
             mse=residual / n,
             cosine=cosine / n,
