@@ -13,6 +13,8 @@ import pytest
 # No test may reach a model hub or a tracking server, however pytest was started.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# Tiny shapes gain nothing from threads and lose a hundredfold where two of them share one busy core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

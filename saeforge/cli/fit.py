@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -96,7 +95,7 @@ class RunConfig(SaveConfigCallback):
         """Called on rank 0 once the run begins."""
         config = self.config.clone()
         config["ckpt_path"], config["overwrite"] = None, False
-        text = self.parser.dump(config, skip_none=False)
+        text = self.parser.dump(config, skip_unset=False)
         run = Path(config["run"])
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(text)
@@ -147,7 +146,6 @@ def run_cli(args: list[str] | None) -> FitCLI:
     """Parses, builds and trains. args: `["fit", ...]`, or None for this process's own."""
     configure_jsonargparse()
     variant_names.install()
-    _quieten()
     try:
         return FitCLI(
             SAEModule,
@@ -217,17 +215,3 @@ def _refuse_linked(args: list[str]) -> None:
             for key in _LINKED:
                 if isinstance(model, dict) and key in model:
                     raise ConfigError(message.format(key))
-
-
-def _quieten() -> None:
-    """Drops Lightning's advertisements and its hints that do not apply; warnings stay."""
-
-    class NoTips(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            text = record.getMessage()
-            return "Tip:" not in text and "available:" not in text
-
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
-        logging.getLogger(name).addFilter(NoTips())
-    # Lightning 2.6 asks a question that torch 2.13 has renamed; users can do nothing about it.
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")

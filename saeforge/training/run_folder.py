@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from saeforge.errors import CheckpointError, ConfigError
+
+CHECKPOINTS_PER_RUN = 10
+CHECKPOINT_SECONDS = 1800.0
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -94,12 +98,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RunFolder(Callback):
-    """Keeps RUN in order: stops at a whole step on Ctrl-C or SIGTERM, saves the last state and the folded SAE."""
+    """Keeps RUN in order: checkpoints on the way, a stop at a whole step on Ctrl-C or SIGTERM, the SAE at the end.
+
+    RUN/checkpoints/last.ckpt is replaced ten times a run, and at least every `CHECKPOINT_SECONDS`.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run = run
         self.stopped_by: str | None = None
         self._previous: dict[int, Any] = {}
+        self._saved_step, self._saved_at = -1, time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the folder and takes the signals."""
@@ -115,11 +123,26 @@ class RunFolder(Callback):
         self.stopped_by = signal.Signals(number).name
         self._trainer.should_stop = True
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Saves, when it is time. The clock is rank 0's, since all ranks must save together."""
+        step = trainer.global_step
+        if step == self._saved_step:  # inside an accumulation of gradients
+            return
+        due = step % max(1, trainer.max_steps // CHECKPOINTS_PER_RUN) == 0
+        if not due and step % 16 == 0:
+            due = trainer.strategy.broadcast(time.monotonic() - self._saved_at > CHECKPOINT_SECONDS)
+        if due:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.run / "checkpoints" / "last.ckpt", weights_only=False)
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the state after the last step, and the SAE."""
         variant: Any = pl_module.variant
         stopped = variant.run.group.agree(self.stopped_by is not None, pl_module.device)
-        trainer.save_checkpoint(self.run / "checkpoints" / "last.ckpt", weights_only=False)
+        self._save(trainer)
         if trainer.is_global_zero and not stopped:
             sae = variant.fold()
             sae.meta = pl_module.provenance()  # type: ignore[operator]

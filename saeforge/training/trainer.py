@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,7 @@ from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint
 
-#: Checkpoints of a run whose rhythm was not given.
-CHECKPOINTS_PER_RUN = 10
+#: Validations of a run whose rhythm (`val_check_interval`) was not given.
 VALIDATIONS_PER_RUN = 10
 
 
@@ -35,6 +36,7 @@ class SAETrainer(Trainer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        quieten()
         if kwargs.get("gradient_clip_val") is not None:
             raise ConfigError(
                 f"trainer.gradient_clip_val = {kwargs['gradient_clip_val']} would clip twice: the optimizer clips "
@@ -72,19 +74,8 @@ class SAETrainer(Trainer):
             own.append(self.run_folder)
         if bar is not False:
             own.append(ProgressBar())
-        self._own_checkpoint: ModelCheckpoint | None = None
-        if run is None:
-            kwargs["enable_checkpointing"] = False
-        elif kwargs.get("enable_checkpointing") is not False and not _has(callbacks, ModelCheckpoint):
-            self._own_checkpoint = ModelCheckpoint(
-                run / "checkpoints",
-                filename="last",
-                every_n_train_steps=1 << 40,
-                save_top_k=1,
-                enable_version_counter=False,
-                save_on_train_epoch_end=False,
-            )
-            own.append(self._own_checkpoint)
+        # RUN/checkpoints/last.ckpt is RunFolder's; Lightning's own callback is for those who ask for more.
+        kwargs["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         kwargs["callbacks"] = callbacks + own
         kwargs["plugins"] = [*_as_list(kwargs.get("plugins")), AtomicCheckpointIO()]
         super().__init__(**kwargs)
@@ -101,8 +92,6 @@ class SAETrainer(Trainer):
         self.fit_loop.epoch_loop.max_steps = steps
         if self._default_rhythm:
             self.val_check_interval = max(1, steps // VALIDATIONS_PER_RUN) * self.accumulate_grad_batches
-        if self._own_checkpoint is not None:
-            self._own_checkpoint._every_n_train_steps = max(1, steps // CHECKPOINTS_PER_RUN)
         if str(ckpt_path) == "last":
             ckpt_path = str(last_checkpoint(Path(self.default_root_dir)))
         if ckpt_path is not None and not Path(ckpt_path).is_file():
@@ -116,5 +105,15 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sequence) else [value]
 
 
-def _has(callbacks: list[Callback], kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in callbacks)
+def quieten() -> None:
+    """Drops Lightning's advertisements and its hints that do not apply; warnings stay."""
+
+    class NoTips(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            text = record.getMessage()
+            return "Tip:" not in text and "available:" not in text
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(name).addFilter(NoTips())
+    # Lightning 2.6 asks a question that torch 2.13 has renamed; users can do nothing about it.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")

@@ -1,0 +1,56 @@
+"""Two gloo ranks compute what one rank computes with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ddp_worker import STEPS
+from tests.toy import toy_dataset
+
+ROOT = Path(__file__).parents[1]
+
+
+def losses(dataset: Path, out: Path, ranks: int) -> dict[str, list[dict[str, float]]]:
+    """Runs the worker on so many processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.ddp_worker", str(dataset), str(out)]
+    if ranks > 1:
+        launch = [f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *launch, *command[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Losses of one rank and of two."""
+    folder = tmp_path_factory.mktemp("ddp")
+    dataset = toy_dataset(folder / "acts")
+    return losses(dataset, folder / "one.json", 1), losses(dataset, folder / "two.json", 2)
+
+
+@pytest.mark.parametrize("variant", ["TopK", "L1ReLU", "Gated"])
+def test_two_ranks_give_the_losses_of_one(variant: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    one, two = (result[variant] for result in both)
+    assert len(one) == len(two) == STEPS
+    for step, (alone, shared) in enumerate(zip(one, two, strict=True)):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5), step
+        # Adam divides rounding noise by itself where a gradient is near 0, so weights part sooner than the loss.
+        assert shared["fvu"] == pytest.approx(alone["fvu"], rel=1e-4), step
+        assert shared["dead"] == alone["dead"], step
+        assert shared["l0"] == pytest.approx(alone["l0"], rel=1e-3), step
+    if variant == "TopK":
+        assert max(step["dead"] for step in one) > 0  # or AuxK was not compared
