@@ -55,6 +55,8 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.batch_rows, self.lanes, self.window_blocks, self.unit) < 1:
             raise ConfigError("batch_size, lanes, window_blocks and unit must be positive")
+        if self.seed < 0:
+            raise ConfigError(f"seed = {self.seed}: expected 0 or a positive number")
         if self.batch_rows % (self.lanes * self.unit):
             raise ConfigError(
                 f"batch_size = {self.batch_rows} is not a multiple of lanes = {self.lanes}"
