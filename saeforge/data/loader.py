@@ -102,7 +102,7 @@ class TrainLoader:
             if state.get(name) != value:
                 raise CheckpointError(
                     f"the checkpoint was trained with data {name} = {state.get(name)}, this run has {value}; "
-                    "resume with the same dataset, batch_size, lanes, window_blocks and seed"
+                    "resume with the same dataset and split, batch_size, lanes, window_blocks and seed"
                 )
         self.position = int(state["position"])
 
@@ -112,6 +112,8 @@ class TrainLoader:
             "schema": 1,
             "rng": RNG,
             "dataset": self.source.fingerprint,
+            "blocks": plan.n_blocks,  # rows in memory: another validation_share cuts the same data elsewhere
+            "block_rows": plan.block_rows,
             "batch_size": plan.batch_rows,
             "lanes": plan.lanes,
             "window_blocks": plan.window_blocks,
@@ -125,7 +127,7 @@ class ValidationLoader:
 
     Args:
         source: where blocks come from.
-        batch_rows: rows of a batch (at least one block).
+        batch_rows: rows of a batch at most (at least one block).
         max_rows: rows to read at most, over all ranks; None for all.
         rank, world: this process's place.
         split: another split than "validation", read in the same way.
@@ -146,7 +148,8 @@ class ValidationLoader:
         rows = source.block_rows(split) if n_blocks else 1
         if max_rows is not None:
             n_blocks = min(n_blocks, max(1, max_rows // rows))
-        step = max(1, batch_rows // rows)
+        # Small held-out sets are cut finer, so that every rank has a batch: Lightning fails where one rank has none.
+        step = max(1, min(batch_rows // rows, n_blocks // world))
         self._batches = [range(i, min(i + step, n_blocks)) for i in range(0, n_blocks, step)][rank::world]
 
     def __len__(self) -> int:
