@@ -1,0 +1,277 @@
+"""The loader: the plan's rows, the same for any number of ranks, and an exact position."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saeforge.data.batch import Batch
+from saeforge.data.loader import TrainLoader, ValidationLoader, sample_rows
+from saeforge.data.plan import Plan
+from saeforge.data.source import TensorSource
+from saeforge.errors import CheckpointError, ConfigError, DatasetError
+
+N, BATCH = 1500, 64
+
+
+def numbered(n: int = N) -> Tensor:
+    """Row i holds (i, -i): any row of a batch tells where it came from."""
+    ids = torch.arange(n, dtype=torch.float32)[:, None]
+    return torch.cat([ids, -ids], 1)
+
+
+def source(share: float = 0.2, *, paired: bool = False) -> TensorSource:
+    x = numbered()
+    return TensorSource(x, x.repeat(1, 2)[:, :3] * 10 if paired else None, validation_share=share)
+
+
+def loader(total: int | None = None, *, of: Any = None, rank: int = 0, world: int = 1, **options: int) -> TrainLoader:
+    of = of or source()
+    given = {"batch_rows": BATCH, "lanes": 8, "window_blocks": 2, "seed": 3, **options}
+    plan = Plan(of.n_blocks("train"), of.block_rows("train"), **given)
+    total = 2 * plan.batches_per_pass + 5 if total is None else total  # into the third pass
+    return TrainLoader(of, plan, total, rank=rank, world=world)
+
+
+def ids(batch: Batch) -> list[int]:
+    return [int(row) for row in batch.x[:, 0].tolist()]
+
+
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("saeforge-read")]
+
+
+class Failing(TensorSource):
+    """Its block 5 cannot be read."""
+
+    def read_block(self, split: str, index: int) -> tuple[Tensor, Tensor | None]:
+        if index == 5 and hasattr(self, "fingerprint"):
+            raise DatasetError("shard train-000000.tar, block 5: checksum")
+        return super().read_block(split, index)
+
+
+def test_batches_hold_the_rows_of_the_plan_in_its_order() -> None:
+    of = source()
+    mine = loader(of=of)
+    blocks = [of.read_block("train", index)[0] for index in range(of.n_blocks("train"))]
+    batches = list(mine)
+    assert len(batches) == len(mine) == mine.total
+    for index, batch in enumerate(batches):
+        assert batch.target is batch.x
+        pass_index, pieces = mine.plan.pieces(index)
+        expected = []
+        for lane, piece in itertools.product(range(8), pieces):
+            window = torch.cat([blocks[b] for b in mine.plan.blocks(pass_index, lane, piece.window)])
+            order = mine.plan.rows(pass_index, lane, piece.window)[piece.start : piece.stop]
+            expected.append(window[torch.from_numpy(order)])
+        assert torch.equal(batch.x, torch.cat(expected))
+
+
+def test_one_pass_reads_training_rows_once_and_no_held_out_row() -> None:
+    of = source()
+    mine = loader(loader(of=of).plan.batches_per_pass, of=of)
+    seen = [row for batch in mine for row in ids(batch)]
+    held_out = {int(r) for i in range(of.n_blocks("validation")) for r in of.read_block("validation", i)[0][:, 0]}
+    assert len(set(seen)) == len(seen) == mine.total * BATCH
+    assert not held_out & set(seen)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_the_ranks_of_any_world_share_the_batches_of_one_rank(world: int) -> None:
+    single = [batch.x for batch in loader()]
+    ranks = [list(loader(rank=rank, world=world)) for rank in range(world)]
+    lane_rows = BATCH // 8
+    for index, whole in enumerate(single):
+        lanes = whole.split(lane_rows)
+        for rank in range(world):
+            assert torch.equal(ranks[rank][index].x, torch.cat(lanes[rank::world]))
+
+
+def test_resuming_at_every_batch_gives_the_same_tail_to_the_bit() -> None:
+    whole = [batch.x for batch in loader()]
+    states = []
+    running = loader()
+    for _ in running:
+        states.append(running.state_dict())
+    assert [state["position"] for state in states] == list(range(1, len(whole) + 1))
+    for k, state in enumerate(states, start=1):
+        resumed = loader()
+        resumed.load_state_dict(state)
+        tail = [batch.x for batch in resumed]
+        assert len(tail) == len(whole) - k
+        assert all(torch.equal(a, b) for a, b in zip(tail, whole[k:], strict=True))
+
+
+def test_a_position_saved_by_one_rank_resumes_under_another_number_of_ranks() -> None:
+    whole = [sorted(ids(batch)) for batch in loader()]
+    first = loader(rank=0, world=2)
+    running = iter(first)
+    for _ in range(7):
+        next(running)
+    running.close()  # type: ignore[attr-defined]
+    state = first.state_dict()
+    rest = []
+    for rank in range(4):
+        resumed = loader(rank=rank, world=4)
+        resumed.load_state_dict(state)
+        rest.append([ids(batch) for batch in resumed])
+    assert [sorted(itertools.chain(*parts)) for parts in zip(*rest, strict=True)] == whole[7:]
+
+
+def test_only_a_consumed_batch_moves_the_position() -> None:
+    mine = loader()
+    running = iter(mine)
+    assert mine.position == 0
+    first = next(running)
+    assert mine.position == 1
+    again = iter(mine)  # a second iterator goes on where the first one stands
+    second = next(again)
+    assert mine.position == 2
+    third = next(running)
+    assert mine.position == 3
+    expected = [batch.x for batch in itertools.islice(loader(), 3)]
+    assert all(torch.equal(a.x, b) for a, b in zip((first, second, third), expected, strict=True))
+    running.close()  # type: ignore[attr-defined]
+    assert torch.equal(next(again).x, [batch.x for batch in loader(4)][3])
+    again.close()  # type: ignore[attr-defined]
+    assert mine.position == 4
+
+
+def test_a_finished_loader_yields_nothing_more() -> None:
+    mine = loader(3)
+    assert len(list(mine)) == 3
+    assert list(mine) == []
+    assert len(mine) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda: loader(seed=4), "seed"),
+        (lambda: loader(batch_rows=128), "batch_size"),
+        (lambda: loader(lanes=4), "lanes"),
+        (lambda: loader(window_blocks=3), "window_blocks"),
+        (lambda: loader(unit=2), "unit"),
+        (lambda: loader(of=TensorSource(numbered() + 1, validation_share=0.2)), "dataset"),
+        (lambda: loader(of=source(0.3)), "blocks"),  # the same rows, another split
+    ],
+)
+def test_a_checkpoint_of_other_data_or_another_order_is_refused(change: Callable[[], TrainLoader], name: str) -> None:
+    state = loader().state_dict()
+    other = change()
+    with pytest.raises(CheckpointError, match=f"data {name} = "):
+        other.load_state_dict(state)
+    assert other.position == 0
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    state = loader().state_dict()
+    for broken in ({}, {**state, "schema": 99}, {**state, "rng": "mt19937"}):
+        with pytest.raises(CheckpointError):
+            loader().load_state_dict(broken)
+
+
+def test_state_is_plain_and_equal_on_all_ranks() -> None:
+    states = []
+    for rank in range(2):
+        mine = loader(rank=rank, world=2)
+        running = iter(mine)
+        next(running)
+        running.close()  # type: ignore[attr-defined]
+        states.append(mine.state_dict())
+    assert states[0] == states[1]
+    assert all(isinstance(value, (int, str)) for value in states[0].values())
+
+
+def test_an_error_of_a_reader_reaches_the_training_thread_and_ends_the_threads() -> None:
+    mine = loader(of=Failing(numbered(), validation_share=0.2))
+    read: list[Batch] = []
+    with pytest.raises(DatasetError, match="block 5: checksum"):
+        read.extend(iter(mine))
+    assert mine.position == len(read) < mine.plan.batches_per_pass
+    assert reading_threads() == []
+
+
+def test_threads_end_with_the_generator_however_it_ends() -> None:
+    running = iter(loader())
+    next(running)
+    assert reading_threads()
+    running.close()  # type: ignore[attr-defined]
+    assert reading_threads() == []
+    list(loader(2))
+    assert reading_threads() == []
+
+
+def test_windows_no_longer_needed_are_let_go() -> None:
+    mine = loader()
+    most = max(len(mine._windows) for _ in mine)
+    assert most <= 3 * len(mine.lanes)  # what a batch spans, and one window ahead
+    assert mine._windows == {}
+
+
+def test_paired_targets_stay_beside_their_rows() -> None:
+    of = source(paired=True)
+    batches = [*loader(of=of), *ValidationLoader(of, 100), sample_rows(of, 300)]
+    assert len(batches) > 20
+    for batch in batches:
+        assert batch.target is not batch.x
+        assert torch.equal(batch.target, batch.x.repeat(1, 2)[:, :3] * 10)
+
+
+def test_lanes_that_do_not_divide_among_ranks_are_named() -> None:
+    with pytest.raises(ConfigError, match="lanes = 8 is not a multiple of 3 ranks"):
+        loader(rank=0, world=3)
+
+
+# Held-out rows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 50, 10_000])
+def test_held_out_rows_are_read_exactly_once_over_the_ranks_and_no_rank_is_left_without(world: int, batch: int) -> None:
+    of = source()
+    expected = sorted(int(r) for i in range(of.n_blocks("validation")) for r in of.read_block("validation", i)[0][:, 0])
+    seen = []
+    for rank in range(world):
+        mine = ValidationLoader(of, batch, rank=rank, world=world)
+        batches = list(mine)
+        assert len(batches) == len(mine) >= 1  # Lightning refuses a loader that is empty on one rank alone
+        assert all(len(b.x) <= max(batch, of.block_rows("validation")) and b.target is b.x for b in batches)
+        seen += [row for b in batches for row in ids(b)]
+    assert sorted(seen) == expected
+
+
+def test_max_rows_limits_the_held_out_rows_over_all_ranks() -> None:
+    of = source()
+    assert of.block_rows("validation") == 16
+    for max_rows, rows in ((1, 16), (16, 16), (47, 32), (10**9, of.n_blocks("validation") * 16)):
+        loaders = [ValidationLoader(of, 32, max_rows=max_rows, rank=rank, world=2) for rank in range(2)]
+        assert sum(len(batch.x) for mine in loaders for batch in mine) == rows
+
+
+def test_without_held_out_rows_there_are_no_batches() -> None:
+    assert len(ValidationLoader(source(0.0), 32)) == 0
+
+
+# Rows for initialisation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 100, 1000, 10**6])
+def test_sampled_rows_are_spread_distinct_training_rows_the_same_each_time(rows: int) -> None:
+    of = source()
+    n_blocks = of.n_blocks("train")
+    first, second = sample_rows(of, rows), sample_rows(of, rows)
+    assert torch.equal(first.x, second.x)
+    assert first.target is first.x
+    found = ids(first)
+    assert len(set(found)) == len(found)
+    assert min(rows, n_blocks * 16) <= len(found) <= max(rows + n_blocks, n_blocks)
+    training = {int(r) for i in range(n_blocks) for r in of.read_block("train", i)[0][:, 0]}
+    assert set(found) <= training
+    assert {int(of.read_block("train", i)[0][0, 0]) for i in range(n_blocks)} <= set(found)  # some of every block
