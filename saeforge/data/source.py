@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,6 +124,10 @@ class TensorSource:
             rows *= 2
         total = len(self.x) // rows
         held_out = max(1, round(validation_share * total)) if validation_share else 0
+        if held_out >= total:
+            raise ConfigError(
+                f"validation_share = {validation_share} leaves none of {total} blocks to train on; lower it"
+            )
         order = [int(block) for block in permutation(total, 0, 2)]
         self._blocks = {"train": order[: total - held_out], "validation": order[total - held_out :]}
         self._rows = rows
@@ -166,13 +171,19 @@ def _site(dataset: ActivationDataset) -> dict[str, Any]:
 def _rows(data: Any, name: str) -> Tensor:
     """A finite (n, d) CPU tensor of floats from a tensor, an array, or an iterable of either."""
     if isinstance(data, np.ndarray):
-        data = torch.from_numpy(np.ascontiguousarray(data))
+        with warnings.catch_warnings():
+            # A memory map opened for reading: nothing here writes to it.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            data = torch.from_numpy(np.ascontiguousarray(data))
     if not isinstance(data, Tensor):
-        if not isinstance(data, Iterable):
+        if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
             raise ConfigError(f"{name} is a {type(data).__name__}; expected a tensor, an array, or an iterator of them")
-        parts = [_rows(part, name) for part in data]
+        parts = [_rows(part, f"{name} chunk {number}") for number, part in enumerate(data)]
         if not parts:
             raise DatasetError(f"{name} yielded nothing; expected chunks of shape (rows, d_in)")
+        for number, part in enumerate(parts):
+            if part.shape[1] != parts[0].shape[1]:
+                raise ConfigError(f"{name} chunk {number} is {part.shape[1]} wide, the first {parts[0].shape[1]}")
         data = torch.cat(parts)
     assert isinstance(data, Tensor)
     if data.ndim != 2:
