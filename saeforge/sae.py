@@ -20,6 +20,7 @@ from saeforge.errors import CheckpointError, ConfigError
 from saeforge.ops import Above, SparseCode, TopK, decode
 from saeforge.ops.engine import select_code
 
+FORMAT = "saeforge-sae"
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "sae.safetensors"
 META_FILE = "sae.json"
@@ -68,6 +69,8 @@ class SAE(nn.Module):
             ConfigError: shapes that do not fit, or a rule without its parameter.
         """
         super().__init__()
+        if W_enc.ndim != 2 or W_dec.ndim != 2:
+            raise ConfigError(f"W_enc has shape {tuple(W_enc.shape)} and W_dec {tuple(W_dec.shape)}, expected matrices")
         d_sae, d_in = W_enc.shape
         d_out = W_dec.shape[-1]
         expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -86,6 +89,8 @@ class SAE(nn.Module):
             raise ConfigError(f"rule {rule!r}: expected 'threshold' or 'topk'")
         if (rule == "threshold") != (threshold is not None) or (rule == "topk") != (k is not None):
             raise ConfigError(f"rule {rule!r} needs {'threshold' if rule == 'threshold' else 'k'} and nothing else")
+        if k is not None and not 1 <= k <= d_sae:
+            raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
         if threshold is not None and bool((threshold < 0).any()):
             raise ConfigError(
                 "threshold is negative for some latents; expected at least 0 (fold a ReLU as threshold 0)"
@@ -175,20 +180,21 @@ class SAE(nn.Module):
         """
         folder = Path(folder)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        meta = {
-            "format": "saeforge-sae",
+        structure = {
+            "format": FORMAT,
             "version": FORMAT_VERSION,
             "rule": self.rule,
             "k": self.k,
             "d_in": self.d_in,
             "d_out": self.d_out,
             "d_sae": self.d_sae,
-            **self.meta,
         }
+        provenance = {key: value for key, value in self.meta.items() if key not in structure}
+        text = json.dumps({**structure, **provenance}, indent=2) + "\n"  # before anything is written: it may fail
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
-            _replace(folder / META_FILE, lambda path: path.write_text(json.dumps(meta, indent=2) + "\n"))
+            _replace(folder / META_FILE, lambda path: path.write_text(text))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"could not save the SAE to {folder}: {error}; free space or choose another folder"
@@ -215,27 +221,42 @@ class SAE(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the SAE in {folder} is damaged ({error}); save or copy it again") from error
-        if not isinstance(meta, dict) or meta.get("format") != "saeforge-sae":
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise CheckpointError(f"{meta_path} is not a saeforge SAE; other tools' SAEs are imported, not loaded")
-        if meta["version"] > FORMAT_VERSION:
+        version = meta.get("version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise CheckpointError(
-                f"{folder} has SAE format {meta['version']}, this saeforge reads up to {FORMAT_VERSION}; upgrade it"
+                f"{folder} has SAE format {version}, this saeforge reads up to {FORMAT_VERSION}; upgrade it"
             )
         missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
         if missing:
             raise CheckpointError(f"{weights} lacks {', '.join(sorted(missing))}; save or copy the SAE again")
         structure = ("format", "version", "rule", "k", "d_in", "d_out", "d_sae")
-        return cls(
-            tensors["W_enc"],
-            tensors["b_enc"],
-            tensors["W_dec"],
-            tensors["b_dec"],
-            rule=meta["rule"],
-            k=meta["k"],
-            threshold=tensors.get("threshold"),
-            W_skip=tensors.get("W_skip"),
-            meta={key: value for key, value in meta.items() if key not in structure},
-        )
+        lost = [name for name in structure if name not in meta]
+        if lost or not isinstance(version, int):
+            raise CheckpointError(
+                f"{meta_path} is damaged ({', '.join(lost) or 'version'}); save or copy the SAE again"
+            )
+        try:
+            sae = cls(
+                tensors["W_enc"],
+                tensors["b_enc"],
+                tensors["W_dec"],
+                tensors["b_dec"],
+                rule=meta["rule"],
+                k=meta["k"],
+                threshold=tensors.get("threshold"),
+                W_skip=tensors.get("W_skip"),
+                meta={key: value for key, value in meta.items() if key not in structure},
+            )
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"the SAE in {folder} is damaged ({error}); save or copy it again") from error
+        if [sae.d_in, sae.d_out, sae.d_sae] != [meta["d_in"], meta["d_out"], meta["d_sae"]]:
+            raise CheckpointError(
+                f"the SAE in {folder} is damaged ({META_FILE} and {WEIGHTS_FILE} have other widths: two SAEs mixed); "
+                "save or copy it again"
+            )
+        return sae
 
     def __repr__(self) -> str:
         rule = f"k={self.k}" if self.rule == "topk" else "threshold"
