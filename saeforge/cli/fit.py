@@ -92,17 +92,23 @@ class RunConfig(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called on rank 0 once the run begins."""
+        """Called on rank 0, before the weights are made."""
         config = self.config.clone()
         config["ckpt_path"], config["overwrite"] = None, False
         text = self.parser.dump(config, skip_unset=False)
         run = Path(config["run"])
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(text)
+        self._text = text
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Once the module is bound to the run, what was left open is known."""
+        if not trainer.is_global_zero:
+            return
         assert isinstance(pl_module, SAEModule)
         record = VARIANTS.name_of(type(pl_module.variant))
         facts = {
-            "config": yaml.safe_load(text),
+            "config": yaml.safe_load(self._text),
             "data": pl_module.data.source.identity,
             "variant": {"name": record.name, "distribution": record.distribution, "version": record.version},
             "resolved": {

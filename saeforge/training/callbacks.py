@@ -108,3 +108,23 @@ class ProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
+
+
+class ProgressLines(Callback):
+    """The same figures as a line every tenth of the run, where there is no terminal to draw a bar on."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._clock, self._first = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Prints, when it is time; on rank 0."""
+        step, total = trainer.global_step, trainer.max_steps
+        if step % max(1, total // 10) or not trainer.is_global_zero or step == self._first:
+            return
+        assert isinstance(pl_module, SAEModule)
+        pace = (time.perf_counter() - self._clock) / (step - self._first)
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in pl_module.latest.items())
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (total - step)))
+        tokens = pl_module.data.batch_size * trainer.accumulate_grad_batches / pace
+        print(f"step {step:,} of {total:,}: {figures}; {tokens:,.0f} tokens/s, {left} left", flush=True)

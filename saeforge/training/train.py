@@ -80,7 +80,7 @@ def train(
     settings: dict[str, Any] = {
         "accelerator": "auto",
         "devices": 1,
-        "enable_progress_bar": sys.stderr.isatty() if progress is None else progress,
+        "enable_progress_bar": sys.stdout.isatty() if progress is None else progress,
         "precision": precision,
         "default_root_dir": None if run is None else str(run),
         **(trainer or {}),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +14,17 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from saeforge.errors import CheckpointError, ConfigError
-from saeforge.training.callbacks import ProgressBar, Telemetry, ValidationTable
+from saeforge.training.callbacks import ProgressBar, ProgressLines, Telemetry, ValidationTable
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint
+
+# torch 2.13 renames the option that keeps ranks from sending each other equal buffers in every forward.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 #: Validations of a run whose rhythm (`val_check_interval`) was not given.
 VALIDATIONS_PER_RUN = 10
@@ -63,17 +70,19 @@ class SAETrainer(Trainer):
         self._default_rhythm = kwargs.get("val_check_interval") is None
         kwargs["val_check_interval"] = kwargs.get("val_check_interval") or 1 << 40
         if kwargs.get("strategy") == "ddp":
-            kwargs["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+            kwargs["strategy"] = DDPStrategy(gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = False if run is None else CSVLogger(run, name="csv")
         callbacks = _as_list(kwargs.get("callbacks"))
-        bar = kwargs.get("enable_progress_bar")
         own: list[Callback] = [Telemetry(), ValidationTable()]
         self.run_folder = None if run is None else RunFolder(run)
         if self.run_folder is not None:
             own.append(self.run_folder)
-        if bar is not False:
-            own.append(ProgressBar())
+        # A bar needs a terminal; without one, lines. `enable_progress_bar: false` asks for neither.
+        terminal = sys.stdout.isatty()
+        if kwargs.get("enable_progress_bar") is not False:
+            own.append(ProgressBar() if terminal else ProgressLines())
+            kwargs["enable_progress_bar"] = terminal
         # RUN/checkpoints/last.ckpt is RunFolder's; Lightning's own callback is for those who ask for more.
         kwargs["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         kwargs["callbacks"] = callbacks + own

@@ -1,9 +1,31 @@
 """SAE variants. The class paths `saeforge.variants.TopK` etc. are stable: configs and checkpoints name them."""
 
 from saeforge.data.batch import Batch
-from saeforge.variants.base import DataStatistics, Recipe, RunSettings, StepOutput, Variant
+from saeforge.variants.base import (
+    DataStatistics,
+    Recipe,
+    RunSettings,
+    ScheduleValues,
+    StepOutput,
+    Variant,
+    geometric_median,
+    random_unit_rows,
+)
 from saeforge.variants.gated import Gated
 from saeforge.variants.l1_relu import L1ReLU
 from saeforge.variants.topk import TopK
 
-__all__ = ["Batch", "DataStatistics", "Gated", "L1ReLU", "Recipe", "RunSettings", "StepOutput", "TopK", "Variant"]
+__all__ = [
+    "Batch",
+    "DataStatistics",
+    "Gated",
+    "L1ReLU",
+    "Recipe",
+    "RunSettings",
+    "ScheduleValues",
+    "StepOutput",
+    "TopK",
+    "Variant",
+    "geometric_median",
+    "random_unit_rows",
+]

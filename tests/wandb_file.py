@@ -1,0 +1,43 @@
+"""Reads an offline wandb run back: the LevelDB-style log of protobuf records that `wandb sync` uploads."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(run: Path) -> Iterator[Any]:
+    """All records of the only offline run below RUN/wandb."""
+    (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    data, position, parts = file.read_bytes(), HEADER, b""
+    assert data[:4] == b":W&B"
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:  # too short for a header: padding
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
+        parts += data[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # generated without stubs
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def contents(run: Path) -> tuple[set[str], dict[str, Any]]:
+    """Names in the history, and the config."""
+    history: set[str] = set()
+    config: dict[str, Any] = {}
+    for record in records(run):
+        history |= {item.key or item.nested_key[0] for item in record.history.item}
+        config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+    return history, config
