@@ -24,7 +24,7 @@ from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_che
 
 # torch 2.13 renames the option that keeps ranks from sending each other equal buffers in every forward.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-_NO_BUFFER_SYNC = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 #: Validations of a run whose rhythm (`val_check_interval`) was not given.
 VALIDATIONS_PER_RUN = 10
