@@ -6,6 +6,7 @@ safetensors alone, without the plugin that trained it. Evaluation, features, ste
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -188,6 +189,7 @@ class SAE(nn.Module):
             "d_in": self.d_in,
             "d_out": self.d_out,
             "d_sae": self.d_sae,
+            "vectors_sha256": _vectors_sha256(tensors),
         }
         provenance = {key: value for key, value in self.meta.items() if key not in structure}
         text = json.dumps({**structure, **provenance}, indent=2) + "\n"  # before anything is written: it may fail
@@ -231,7 +233,7 @@ class SAE(nn.Module):
         missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
         if missing:
             raise CheckpointError(f"{weights} lacks {', '.join(sorted(missing))}; save or copy the SAE again")
-        structure = ("format", "version", "rule", "k", "d_in", "d_out", "d_sae")
+        structure = ("format", "version", "rule", "k", "d_in", "d_out", "d_sae", "vectors_sha256")
         lost = [name for name in structure if name not in meta]
         if lost or not isinstance(version, int):
             raise CheckpointError(
@@ -251,10 +253,10 @@ class SAE(nn.Module):
             )
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"the SAE in {folder} is damaged ({error}); save or copy it again") from error
-        if [sae.d_in, sae.d_out, sae.d_sae] != [meta["d_in"], meta["d_out"], meta["d_sae"]]:
+        widths = [meta["d_in"], meta["d_out"], meta["d_sae"]]
+        if meta["vectors_sha256"] != _vectors_sha256(tensors) or widths != [sae.d_in, sae.d_out, sae.d_sae]:
             raise CheckpointError(
-                f"the SAE in {folder} is damaged ({META_FILE} and {WEIGHTS_FILE} have other widths: two SAEs mixed); "
-                "save or copy it again"
+                f"{META_FILE} and {WEIGHTS_FILE} in {folder} are damaged, or belong to two SAEs; save or copy it again"
             )
         return sae
 
@@ -280,6 +282,16 @@ def load(run: str | Path, *, device: str | torch.device = "cpu") -> SAE:
             f"{run} has no finished SAE yet; go on with `saeforge fit --config {run}/config.yaml --ckpt_path last`"
         )
     return SAE.load(run, device=device)
+
+
+def _vectors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Ties the two files together: a digest of the vectors (the matrices would take seconds) and of all shapes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        if tensors[name].ndim == 1:
+            digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _replace(path: Path, write: Any) -> None:

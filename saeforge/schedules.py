@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 
 def ramp(step: int, steps: int) -> float:
     """Linear from 0 at step 0 to 1 at `steps`, then 1; 1 throughout if steps is 0."""
     return 1.0 if steps <= 0 else min(1.0, step / steps)
+
+
+def rewarm(step: int, starts: Sequence[int], *, steps: int = 1000, low: float = 0.1) -> float:
+    """Multiplier of the learning rate after each of `starts`: from `low` to 1 along half a cosine over `steps`."""
+    factor = 1.0
+    for start in starts:
+        if 0 <= step - start < steps:
+            factor *= low + (1 - low) * (1 - math.cos(math.pi * (step - start) / steps)) / 2
+    return factor
 
 
 def warmup_then_decay(step: int, total_steps: int, *, warmup_steps: int = 0, decay_steps: int = 0) -> float:

@@ -327,3 +327,14 @@ print(sorted(added - set(sys.stdlib_module_names)), [name for name in heavy if n
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['saeforge'] []", done.stdout
+
+
+def test_files_of_two_saves_are_not_one_sae(tmp_path: Path) -> None:
+    """A save that is cut off between its two files leaves new weights beside the old rule and provenance."""
+    for name, seed in (("old", 0), ("new", 1)):
+        torch.manual_seed(seed)
+        weights = torch.randn(8, 4)
+        SAE(weights, torch.randn(8), weights, torch.randn(4), rule="topk", k=2 + seed).save(tmp_path / name)
+    (tmp_path / "new" / WEIGHTS_FILE).replace(tmp_path / "old" / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match="belong to two SAEs"):
+        SAE.load(tmp_path / "old")

@@ -19,10 +19,10 @@ from saeforge.ops import Group
 from saeforge.optim import RowAdam
 from saeforge.registry import VARIANTS
 from saeforge.sae import SAE
-from saeforge.schedules import warmup_then_decay
+from saeforge.schedules import rewarm, warmup_then_decay
 from saeforge.training.data import ActivationData
 from saeforge.training.readout import ReadOut
-from saeforge.variants import DataStatistics, RunSettings, Variant
+from saeforge.variants import DataStatistics, Resampled, RunSettings, Variant
 
 #: Rows that a variant may look at before the first step (Gao et al. 2024 take the geometric median of 32,768).
 INITIAL_ROWS = 32_768
@@ -44,6 +44,8 @@ class SAEModule(LightningModule):
         lr_decay_share: share of the run, at its end, over which the rate falls linearly to 0.
         dead_after_tokens: a latent silent for so many tokens counts as dead; null is the smaller of 10 million and 5%
             of the run.
+        resample_steps: optimizer steps after which dead latents are resampled and the rate warms up again; for
+            variants that offer it (gated).
         seed: of the initial weights.
     """
 
@@ -58,6 +60,7 @@ class SAEModule(LightningModule):
         lr_warmup_steps: int | None = None,
         lr_decay_share: float | None = None,
         dead_after_tokens: int | None = None,
+        resample_steps: list[int] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -66,6 +69,13 @@ class SAEModule(LightningModule):
         if lr_decay_share is not None and not 0 <= lr_decay_share <= 1:
             raise ConfigError(f"model.lr_decay_share = {lr_decay_share}: expected a share between 0 and 1")
         self.variant = variant(d_in, d_out)
+        if resample_steps and not isinstance(self.variant, Resampled):
+            raise ConfigError(
+                f"model.resample_steps = {resample_steps}: {type(self.variant).__name__} has no reset_latents_; "
+                "leave it out, or add that method to the variant"
+            )
+        self._resample_steps = resample_steps
+        self.resampled_at = -1
         self.readout = ReadOut()
         self._optimizer = optimizer
         self._lr, self._max_grad_norm = lr, max_grad_norm
@@ -88,6 +98,13 @@ class SAEModule(LightningModule):
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.trainer.max_steps
+
+    @property
+    def resample_steps(self) -> tuple[int, ...]:
+        """Steps after which dead latents are resampled."""
+        if self._resample_steps is not None:
+            return tuple(self._resample_steps)
+        return self.variant.recipe(self.total_steps).resample_steps
 
     # Set-up ------------------------------------------------------------------------------------------------------
 
@@ -132,6 +149,7 @@ class SAEModule(LightningModule):
         decay = recipe.decay_steps if self._decay_share is None else round(self._decay_share * total)
         values = {name: schedule(step) for name, schedule in self._schedules.items()}
         values["lr_factor"] = warmup_then_decay(step, total, warmup_steps=warmup, decay_steps=decay)
+        values["lr_factor"] *= rewarm(step, self.resample_steps)
         return values
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -198,6 +216,7 @@ class SAEModule(LightningModule):
                 "class": "RowAdam" if self._optimizer is None else "custom",
                 **{key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
             },
+            "resample_steps": list(self.resample_steps),
             "seed": self._seed,
         }
 
@@ -255,8 +274,9 @@ def check_identity(saved: dict[str, Any], given: dict[str, Any]) -> None:
             before, now = saved[part].get(name), given[part].get(name)
             if before != now:
                 differences.append(f"{name}: {before} -> {now}")
-    if saved["seed"] != given["seed"]:
-        differences.append(f"seed: {saved['seed']} -> {given['seed']}")
+    for name in ("resample_steps", "seed"):
+        if saved[name] != given[name]:
+            differences.append(f"{name}: {saved[name]} -> {given[name]}")
     if differences:
         raise CheckpointError(
             f"the checkpoint was trained with other settings ({'; '.join(differences)}); "

@@ -20,6 +20,7 @@ from saeforge.errors import CheckpointError, ConfigError
 from saeforge.training.callbacks import ProgressBar, ProgressLines, Telemetry, ValidationTable
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
+from saeforge.training.resampling import Resampling
 from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint
 
 # torch 2.13 renames the option that keeps ranks from sending each other equal buffers in every forward.
@@ -74,7 +75,7 @@ class SAETrainer(Trainer):
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = False if run is None else CSVLogger(run, name="csv")
         callbacks = _as_list(kwargs.get("callbacks"))
-        own: list[Callback] = [Telemetry(), ValidationTable()]
+        own: list[Callback] = [Resampling(), Telemetry(), ValidationTable()]  # RunFolder saves after all of them
         self.run_folder = None if run is None else RunFolder(run)
         if self.run_folder is not None:
             own.append(self.run_folder)

@@ -4,6 +4,7 @@ from saeforge.data.batch import Batch
 from saeforge.variants.base import (
     DataStatistics,
     Recipe,
+    Resampled,
     RunSettings,
     ScheduleValues,
     StepOutput,
@@ -21,6 +22,7 @@ __all__ = [
     "Gated",
     "L1ReLU",
     "Recipe",
+    "Resampled",
     "RunSettings",
     "ScheduleValues",
     "StepOutput",

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class Recipe:
     max_grad_norm: float | None = 1.0
     warmup_steps: int = 0
     decay_steps: int = 0
+    resample_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,22 @@ class StepOutput:
     terms: dict[str, Tensor]
     code: SparseCode
     counters: dict[str, Tensor]
+
+
+@runtime_checkable
+class Resampled(Protocol):
+    """What a variant may offer besides: giving dead latents a new start (Bricken et al. 2023, "neuron resampling")."""
+
+    def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
+        """Restarts `latents` (n,) from badly reconstructed rows.
+
+        Args:
+            latents: indices.
+            x: (n, d_in) rows in scaled units, one for each latent. target: (n, d_out) theirs.
+
+        Returns:
+            The parameters whose rows were set; the optimizer forgets those rows.
+        """
 
 
 class Variant(nn.Module, ABC):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saeforge.data.batch import Batch
@@ -110,8 +111,28 @@ class Gated(Variant):
         ]
 
     def recipe(self, total_steps: int) -> Recipe:
-        """Adam(0, 0.999), lr 3e-4 after a warm-up of 1,000 steps (a tenth of the run, if that is shorter)."""
-        return Recipe(lr=3e-4, betas=(0.0, 0.999), warmup_steps=min(1000, total_steps // 10))
+        """Adam(0, 0.999), lr 3e-4 after a warm-up of 1,000 steps (a tenth of the run, if that is shorter).
+
+        Dead latents are resampled after 25k, 50k, 75k and 100k steps, as Bricken et al. 2023 do.
+        """
+        return Recipe(
+            lr=3e-4,
+            betas=(0.0, 0.999),
+            warmup_steps=min(1000, total_steps // 10),
+            resample_steps=(25_000, 50_000, 75_000, 100_000),
+        )
+
+    @torch.no_grad()
+    def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
+        """Decoder rows point at the rows; the gate does too, at 0.2 of the mean norm of the other latents' gates."""
+        others = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device)
+        others[latents] = False
+        norm = 0.2 * (self.W_gate[others] if bool(others.any()) else self.W_gate).norm(dim=1).mean()
+        self.W_dec[latents] = F.normalize(target, dim=1)
+        self.W_gate[latents] = F.normalize(x, dim=1) * norm
+        for parameter in (self.b_gate, self.r_mag, self.b_mag):
+            parameter[latents] = 0.0
+        return [self.W_dec, self.W_gate, self.b_gate, self.r_mag, self.b_mag]
 
     @torch.no_grad()
     def fold(self) -> SAE:

@@ -133,12 +133,14 @@ class TopK(Variant):
         group, wide = self.run.group, error.double()
         w = wide.new_ones(len(wide)) if weight is None else weight.double()
         centre = group.sum(w @ wide).square().sum() / group.sum(w.sum())
-        variance = group.sum(w @ wide.square().sum(1)) - centre
-        if not variance > 0:
-            return error.new_zeros(())  # one row, or a perfect reconstruction: the ratio is 0 / 0
+        squares = group.sum(w @ wide.square().sum(1))
+        variance = squares - centre
         rebuilt_error = (error - rebuilt).square().sum(1)
         total = rebuilt_error.sum() if weight is None else rebuilt_error @ weight.to(error.dtype)
-        return total * group.size / variance.to(error.dtype)
+        # One row, equal rows, or a perfect reconstruction: 0 / 0. What cancellation leaves of it is not a variance.
+        defined = variance > 1e-12 * squares
+        ratio = total * group.size / torch.where(defined, variance, 1.0).to(error.dtype)
+        return torch.where(defined, ratio, 0.0)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Decoder rows of norm 1; the rest free."""

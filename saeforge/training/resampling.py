@@ -1,0 +1,80 @@
+"""Neuron resampling: at given steps, dead latents start again from rows that the SAE reconstructs badly.
+
+Bricken et al. 2023, "Towards Monosemanticity", as the gated SAE paper uses it: a latent that was silent for the last
+12,500 steps gets a row drawn with probability proportional to its squared loss, its optimizer state is forgotten, and
+the learning rate warms up again (`schedules.rewarm`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from saeforge.data.batch import Batch
+from saeforge.data.source import BlockSource
+from saeforge.sae import SAE
+from saeforge.training.module import SAEModule
+from saeforge.variants import Resampled
+
+SILENT_STEPS = 12_500
+ROWS = 819_200  # over which the loss is measured
+
+
+class Resampling(Callback):
+    """Resamples after the steps that `SAEModule.resample_steps` names. All ranks compute the same rows."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Once at each of the steps."""
+        assert isinstance(pl_module, SAEModule)
+        step = trainer.global_step
+        if step not in pl_module.resample_steps or step == pl_module.resampled_at or step >= trainer.max_steps:
+            return
+        pl_module.resampled_at = step  # not again inside an accumulation of gradients
+        variant = pl_module.variant
+        assert isinstance(variant, Resampled)
+        batch = pl_module.data.batch_size * trainer.accumulate_grad_batches
+        window = min(SILENT_STEPS, step) * batch
+        dead = (variant.tokens_since_fired >= window).nonzero(as_tuple=True)[0]
+        rank_zero_info(f"step {step:,}: resampling {dead.numel():,} of {variant.d_sae:,} latents")
+        if dead.numel() == 0:
+            return
+        generator = torch.Generator().manual_seed(step)
+        rows = draw_by_loss(variant.fold(), pl_module.data.source, dead.numel(), generator)
+        dead = dead[: len(rows.x)]  # a tiny dataset may have fewer rows than latents are dead
+        x, target = variant.scaled(Batch(rows.x.to(dead.device), rows.target.to(dead.device)))
+        for parameter in variant.reset_latents_(dead, x, target):
+            for value in trainer.optimizers[0].state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[dead] = 0.0
+        variant.tokens_since_fired[dead] = 0
+
+
+@torch.no_grad()
+def draw_by_loss(sae: SAE, source: BlockSource, n: int, generator: torch.Generator) -> Batch:
+    """n training rows without replacement, with probability proportional to their squared loss.
+
+    One pass over up to `ROWS` rows in bounded memory: the n largest log-weights plus Gumbel noise are such a draw
+    (Efraimidis and Spirakis 2006).
+    """
+    kept_keys = torch.empty(0, dtype=torch.float64)
+    kept_x, kept_target = torch.empty(0, source.d_in), torch.empty(0, source.d_out)
+    blocks = min(source.n_blocks("train"), -(-ROWS // source.block_rows("train")))
+    stride = source.n_blocks("train") / blocks
+    for index in range(blocks):
+        x, target = source.read_block("train", int(index * stride))
+        x = x.float()
+        target = x if target is None else target.float()
+        on_device = x.to(sae.device)
+        error = sae.decode(sae.encode(on_device), on_device).cpu() - target
+        loss = error.double().square().sum(1)
+        uniform = torch.rand(len(loss), dtype=torch.float64, generator=generator)
+        keys = 2 * loss.clamp_min(1e-300).log() - (-uniform.clamp_min(1e-300).log()).log()
+        kept_keys, kept_x = torch.cat([kept_keys, keys]), torch.cat([kept_x, x])
+        kept_target = torch.cat([kept_target, target])
+        best = kept_keys.topk(min(n, len(kept_keys))).indices
+        kept_keys, kept_x, kept_target = kept_keys[best], kept_x[best], kept_target[best]
+    return Batch(kept_x, kept_target)
