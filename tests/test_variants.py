@@ -312,7 +312,7 @@ def test_gated_starts_tied_with_unit_rows_and_everything_else_zero() -> None:
 def test_topk_starts_with_unit_rows_the_geometric_median_and_norm_preserving_probes() -> None:
     x = rows(1000, 32)
     x[0] += 1e4  # an outlier moves the mean, not the geometric median
-    variant = initialised(TopK, x, k=5)
+    variant = initialised(TopK, x, k=5, encoder_init="unit_probes")
     p = dict(variant.named_parameters())
     torch.testing.assert_close(p["W_dec"].norm(dim=1), torch.ones(64, dtype=F64), rtol=1e-6, atol=0)
     ratio = p["W_enc"] / p["W_dec"]
@@ -330,6 +330,26 @@ def test_topk_starts_with_unit_rows_the_geometric_median_and_norm_preserving_pro
     random_unit_rows(64, 32, generator)
     assert mean_norm(random_unit_rows(256, 32, generator)) == pytest.approx(1, rel=1e-6)
     assert mean_norm(random_unit_rows(4096, 32, torch.Generator().manual_seed(77))) == pytest.approx(1, rel=0.05)
+
+
+def test_topk_least_squares_start_reconstructs_best_of_all_factors() -> None:
+    x = rows(1000, 32)
+    variant = initialised(TopK, x, k=5)
+    p = dict(variant.named_parameters())
+    ratio = p["W_enc"] / p["W_dec"]
+    torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
+
+    def error(factor: float) -> float:
+        with torch.no_grad():
+            p["W_enc"].mul_(factor)
+            found = variant.step(Batch(x, x), {}).terms["mse"].item()
+            p["W_enc"].div_(factor)
+        return found
+
+    best = error(1.0)
+    assert all(error(factor) > best for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2.0))
+    tied = dict(initialised(TopK, x, k=5, encoder_init="tied").named_parameters())
+    assert torch.equal(tied["W_enc"], tied["W_dec"])
 
 
 def test_topk_predicting_the_mean_has_mse_exactly_one() -> None:
@@ -538,6 +558,7 @@ def test_arguments_record_what_was_given_and_the_defaults() -> None:
         "d_sae": 32,
         "k": 4,
         "aux": 1 / 32,
+        "encoder_init": "least_squares",
         "k_aux": None,
         "pre_bias": True,
         "input_scale": "rms",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from saeforge.variants.base import (
     random_unit_rows,
 )
 
+EncoderInit = Literal["least_squares", "unit_probes", "tied"]
+
 
 @final
 class TopK(Variant):
@@ -34,8 +36,8 @@ class TopK(Variant):
 
     `f = ReLU(TopK(W_enc (x - b_dec) + b_enc))`, `x_hat = f W_dec + b_dec`, loss `mse / mse_of_the_mean + aux * AuxK`:
     the k_aux strongest *dead* latents reconstruct the residual that the live ones leave. Decoder rows have norm 1.
-    Differs from the paper in one point: inputs are scaled by one scalar of the dataset, not normalised token by token,
-    which could not be folded into weights.
+    Differs from the paper in two points: inputs are scaled by one scalar of the dataset, not normalised token by token,
+    which could not be folded into weights; and the encoder starts shorter (`encoder_init`).
 
     Args:
         d_in: width of the input.
@@ -44,6 +46,10 @@ class TopK(Variant):
         k: active latents per token.
         aux: coefficient of AuxK; 0 turns it off.
         k_aux: dead latents that AuxK uses per token; default: the power of two nearest to d_in / 2.
+        encoder_init: length of the encoder rows at the start, which begin as copies of the decoder's.
+            "least_squares": the factor that makes the first reconstruction of data rows best, so that short runs
+            get further (MiniLM, 2,048 latents, k 32, 300 steps: FVU 0.16 instead of 0.19). "unit_probes": the
+            paper's, reconstructions of 256 random unit vectors keep their norm. "tied": rows equal the decoder's.
         pre_bias: subtract the decoder's bias before the encoder; false for a transcoder.
         input_scale: "rms", "sqrt_d" or "none".
     """
@@ -59,6 +65,7 @@ class TopK(Variant):
         k: int = 32,
         aux: float = 1 / 32,
         k_aux: int | None = None,
+        encoder_init: EncoderInit = "least_squares",
         pre_bias: bool = True,
         input_scale: InputScale = "rms",
     ) -> None:
@@ -67,7 +74,9 @@ class TopK(Variant):
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
         if aux < 0 or (k_aux is not None and k_aux < 1):
             raise ConfigError(f"aux = {aux}, k_aux = {k_aux}: expected aux >= 0 and a positive k_aux or null")
-        self.k, self.aux, self.pre_bias = k, aux, pre_bias
+        if encoder_init not in ("least_squares", "unit_probes", "tied"):
+            raise ConfigError(f"encoder_init {encoder_init!r}: expected 'least_squares', 'unit_probes' or 'tied'")
+        self.k, self.aux, self.encoder_init, self.pre_bias = k, aux, encoder_init, pre_bias
         self.k_aux = k_aux or 2 ** max(0, round(torch.tensor(d_in / 2).log2().item()))
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -77,7 +86,7 @@ class TopK(Variant):
 
     @torch.no_grad()
     def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
-        """Unit decoder rows; encoder = decoder, scaled so that unit probes keep their norm; b_dec the geometric median.
+        """Unit decoder rows; encoder = decoder, scaled as `encoder_init` says; b_dec the geometric median.
 
         Without the tied start most latents die (Gao et al., section 2.4).
         """
@@ -89,14 +98,32 @@ class TopK(Variant):
         self.W_enc.copy_(self.W_dec if same else random_unit_rows(self.d_sae, self.d_in, generator))
         self.b_enc.zero_()
         self.b_dec.copy_(geometric_median(target[:32768].to(self.b_dec.dtype) * self.target_scale))
-        # 256 probes of norm 1 around b_dec: their mean reconstruction norm becomes 1 [openai/sparse_autoencoder].
-        probes = random_unit_rows(256, self.d_in, generator).to(self.W_enc)
-        code = encode(probes, self.W_enc, None, SelectTopK(self.k))
-        norm = decode(code.with_values(code.values.relu()), self.W_dec).norm(dim=1).mean()
-        self.W_enc.div_(norm)
+        self.W_enc.mul_(self._encoder_scale(x, target, generator))
         if not self.pre_bias:
             center = torch.tensor(stats.input.mean, dtype=self.b_enc.dtype, device=self.b_enc.device) * self.scale
             self.b_enc.copy_(-self.W_enc @ center)
+
+    def _encoder_scale(self, x: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        """The factor that `encoder_init` asks for, with the weights as they are."""
+        one = torch.ones_like(self.scale)
+        if self.encoder_init == "tied":
+            return one
+        if self.encoder_init == "unit_probes":
+            probes = random_unit_rows(256, self.d_in, generator).to(self.W_enc)
+            norms: Tensor = self._reconstruct(probes).norm(dim=1)
+            return norms.mean().reciprocal()
+        every = max(1, len(x) // 4096)
+        rows = x[::every].to(self.W_enc) * self.scale
+        center = self.b_dec if self.pre_bias else rows.mean(0)
+        rebuilt = self._reconstruct(rows - center)
+        wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
+        factor = (wanted * rebuilt).sum() / rebuilt.square().sum()
+        # Directions of a transcoder's encoder and decoder know nothing of each other yet: no factor to speak of.
+        return factor if factor > 0.01 else one
+
+    def _reconstruct(self, shifted: Tensor) -> Tensor:
+        code = encode(shifted, self.W_enc, None, SelectTopK(self.k))
+        return decode(code.with_values(code.values.relu()), self.W_dec)
 
     def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
         """None: k and the AuxK coefficient are constant."""
