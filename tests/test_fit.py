@@ -344,3 +344,25 @@ def test_a_damaged_checkpoint_is_one_line(dataset: Path, tmp_path: Path, capsys:
     broken.write_bytes(b"nonsense")
     assert main(arguments(dataset, tmp_path / "run", ckpt_path=broken)) == 2
     assert "broken.ckpt" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_accumulated_batches_are_one_step_of_the_run(dataset: Path, tmp_path: Path) -> None:
+    """Two batches of 128 rows a step make as many steps of as many tokens as batches of 256."""
+    runs = {}
+    for name, batch, accumulate in (("whole", 256, 1), ("halves", 128, 2)):
+        options = {"data.batch_size": batch, "trainer.accumulate_grad_batches": accumulate}
+        assert main(arguments(dataset, tmp_path / name, **options)) == 0
+        runs[name] = saeforge.load(tmp_path / name).meta["training"]
+    assert runs["halves"]["steps"] == runs["whole"]["steps"] == 40
+    assert runs["halves"]["tokens"] == runs["whole"]["tokens"] == 256 * 40
+
+
+def test_fast_dev_run_takes_one_step(dataset: Path, tmp_path: Path) -> None:
+    assert main([*arguments(dataset, tmp_path / "run"), "--trainer.fast_dev_run=true"]) == 0
+    assert saeforge.load(tmp_path / "run").meta["training"]["steps"] == 1
+
+
+def test_without_checkpoints_only_the_sae_is_left(dataset: Path, tmp_path: Path) -> None:
+    assert main([*arguments(dataset, tmp_path / "run"), "--trainer.enable_checkpointing=false"]) == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert saeforge.load(tmp_path / "run").d_sae == 128

@@ -54,7 +54,7 @@ class Telemetry(Callback):
             "train/fvu": values["counter/squared_error"] / (rows * pl_module.total_variance),
             "train/dead": float(variant.dead().sum()),
             "train/tokens_per_second": rows / elapsed,
-            "train/tokens": step * pl_module.data.batch_size,
+            "train/tokens": step * pl_module.data.rows_per_step,
             "schedule/lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
         scheduled = pl_module.schedule_values(max(0, step - 1))
@@ -126,5 +126,5 @@ class ProgressLines(Callback):
         pace = (time.perf_counter() - self._clock) / (step - self._first)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in pl_module.latest.items())
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (total - step)))
-        tokens = pl_module.data.batch_size * trainer.accumulate_grad_batches / pace
+        tokens = pl_module.data.rows_per_step / pace
         print(f"step {step:,} of {total:,}: {figures}; {tokens:,.0f} tokens/s, {left} left", flush=True)

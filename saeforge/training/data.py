@@ -95,11 +95,18 @@ class ActivationData(LightningDataModule):
         """Width of the target."""
         return self.source.d_out
 
-    def total_steps(self, max_steps: int) -> int:
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step: of all devices and all accumulated batches."""
+        assert self.trainer is not None
+        return self.batch_size * self.trainer.accumulate_grad_batches
+
+    def total_steps(self, max_steps: int, accumulate: int = 1) -> int:
         """Optimizer steps of the run.
 
         Args:
             max_steps: `trainer.max_steps`; -1 if it was not given.
+            accumulate: batches of an optimizer step.
 
         Raises:
             ConfigError: both lengths given.
@@ -107,8 +114,8 @@ class ActivationData(LightningDataModule):
         if self.tokens is not None and max_steps > 0:
             raise ConfigError("data.tokens and trainer.max_steps both set the length of the run; give one of them")
         if self.tokens is not None:
-            return self.tokens // self.batch_size
-        return max_steps if max_steps > 0 else max(MIN_DEFAULT_STEPS, self.plan.batches_per_pass)
+            return max(1, self.tokens // (self.batch_size * accumulate))
+        return max_steps if max_steps > 0 else max(MIN_DEFAULT_STEPS, self.plan.batches_per_pass // accumulate)
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of the whole run, from the restored position on."""

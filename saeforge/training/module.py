@@ -118,7 +118,7 @@ class SAEModule(LightningModule):
         self.total_variance = sum(statistics.target.variance)
         dead_after = self._dead_after
         if dead_after is None:
-            dead_after = min(10_000_000, self.total_steps * data.batch_size // 20)
+            dead_after = min(10_000_000, self.total_steps * data.rows_per_step // 20)
         settings = RunSettings(self.total_steps, dead_after, _COMPUTE_DTYPE[precision], Group.world())
         self.variant.bind(settings)
         if stage == "fit":
@@ -234,7 +234,7 @@ class SAEModule(LightningModule):
             },
             "training": {
                 "steps": self.global_step,
-                "tokens": self.global_step * self.data.batch_size * self.trainer.accumulate_grad_batches,
+                "tokens": self.global_step * self.data.rows_per_step,
                 "precision": str(self.trainer.precision),
                 "saeforge": __version__,
                 "torch": torch.__version__,

@@ -36,8 +36,7 @@ class Resampling(Callback):
         pl_module.resampled_at = step  # not again inside an accumulation of gradients
         variant = pl_module.variant
         assert isinstance(variant, Resampled)
-        batch = pl_module.data.batch_size * trainer.accumulate_grad_batches
-        window = min(SILENT_STEPS, step) * batch
+        window = min(SILENT_STEPS, step) * pl_module.data.rows_per_step
         dead = (variant.tokens_since_fired >= window).nonzero(as_tuple=True)[0]
         rank_zero_info(f"step {step:,}: resampling {dead.numel():,} of {variant.d_sae:,} latents")
         if dead.numel() == 0:

@@ -103,8 +103,8 @@ class RunFolder(Callback):
     RUN/checkpoints/last.ckpt is replaced ten times a run, and at least every `CHECKPOINT_SECONDS`.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
+    def __init__(self, run: Path, *, checkpoints: bool = True) -> None:
+        self.run, self.checkpoints = run, checkpoints
         self.stopped_by: str | None = None
         self._previous: dict[int, Any] = {}
         self._saved_step, self._saved_at = -1, time.monotonic()
@@ -126,7 +126,7 @@ class RunFolder(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Saves, when it is time. The clock is rank 0's, since all ranks must save together."""
         step = trainer.global_step
-        if step == self._saved_step:  # inside an accumulation of gradients
+        if not self.checkpoints or step == self._saved_step:  # the same step: inside an accumulation of gradients
             return
         due = step % max(1, trainer.max_steps // CHECKPOINTS_PER_RUN) == 0
         if not due and step % 16 == 0:
@@ -142,7 +142,8 @@ class RunFolder(Callback):
         """Saves the state after the last step, and the SAE."""
         variant: Any = pl_module.variant
         stopped = variant.run.group.agree(self.stopped_by is not None, pl_module.device)
-        self._save(trainer)
+        if self.checkpoints and self._saved_step != trainer.global_step:
+            self._save(trainer)
         if trainer.is_global_zero and not stopped:
             sae = variant.fold()
             sae.meta = pl_module.provenance()  # type: ignore[operator]

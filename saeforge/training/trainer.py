@@ -76,7 +76,8 @@ class SAETrainer(Trainer):
             kwargs["logger"] = False if run is None else CSVLogger(run, name="csv")
         callbacks = _as_list(kwargs.get("callbacks"))
         own: list[Callback] = [Resampling(), Telemetry(), ValidationTable()]  # RunFolder saves after all of them
-        self.run_folder = None if run is None else RunFolder(run)
+        checkpoints = kwargs.get("enable_checkpointing") is not False
+        self.run_folder = None if run is None else RunFolder(run, checkpoints=checkpoints)
         if self.run_folder is not None:
             own.append(self.run_folder)
         # A bar needs a terminal; without one, lines. `enable_progress_bar: false` asks for neither.
@@ -98,7 +99,9 @@ class SAETrainer(Trainer):
             datamodule: the data; it knows the length of the run.
             ckpt_path: a checkpoint to resume from, or "last" for the one in the RUN folder.
         """
-        steps = datamodule.total_steps(self.max_steps)
+        steps = datamodule.total_steps(self.max_steps, self.accumulate_grad_batches)
+        if self.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside its constructor
+            steps = self.max_steps
         self.fit_loop.epoch_loop.max_steps = steps
         if self._default_rhythm:
             self.val_check_interval = max(1, steps // VALIDATIONS_PER_RUN) * self.accumulate_grad_batches
