@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.readme import blocks
+from tests.readme import ROOT, blocks
 from tests.test_fit import CLI, arguments
 from tests.toy import toy_dataset
+
+PLUGIN = ROOT / "plugins" / "saeforge-log-relu"
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for sys.path into which pip installed the plugin."""
-    source, target = tmp_path_factory.mktemp("plugin"), tmp_path_factory.mktemp("site")
-    (source / "log_relu.py").write_text(next(block for block in blocks("python") if "class LogReLU" in block))
-    (source / "pyproject.toml").write_text(blocks("toml")[0])
+    source, target = tmp_path_factory.mktemp("plugin") / PLUGIN.name, tmp_path_factory.mktemp("site")
+    shutil.copytree(PLUGIN, source)  # a build leaves files beside the source
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--target", str(target), str(source)], check=True, capture_output=True, text=True)
     return target
+
+
+def test_the_readme_shows_the_plugin_as_it_is() -> None:
+    assert (PLUGIN / "log_relu.py").read_text() in blocks("python")
+    assert (PLUGIN / "pyproject.toml").read_text() in blocks("toml")
 
 
 def run(command: list[str], site: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -55,6 +62,10 @@ def test_an_installed_plugin_trains_by_name_and_its_sae_loads_without_it(site: P
     )
     loaded = run([sys.executable, "-c", script, str(folder)])
     assert loaded.stdout.split() == ["3", "saeforge-log-relu"], loaded.stderr
+
+    own_tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN)]
+    tested = run([*own_tests, "-c", os.devnull], site)
+    assert tested.returncode == 0, tested.stdout + tested.stderr
 
     refused = run([*CLI, *args, "--ckpt_path", "last"])
     assert refused.returncode == 2
