@@ -99,9 +99,10 @@ class SAETrainer(Trainer):
             datamodule: the data; it knows the length of the run.
             ckpt_path: a checkpoint to resume from, or "last" for the one in the RUN folder.
         """
-        steps = datamodule.total_steps(self.max_steps, self.accumulate_grad_batches)
         if self.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside its constructor
             steps = self.max_steps
+        else:
+            steps = datamodule.total_steps(self.max_steps, self.accumulate_grad_batches)
         self.fit_loop.epoch_loop.max_steps = steps
         if self._default_rhythm:
             self.val_check_interval = max(1, steps // VALIDATIONS_PER_RUN) * self.accumulate_grad_batches
