@@ -156,15 +156,23 @@ def test_another_optimizer_keeps_the_decoder_constraint(dataset: Path, tmp_path:
 
 
 class Interrupt(Callback):
-    """Sends this process SIGINT after a number of steps."""
+    """Sends this process a signal after a number of batches."""
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    def __init__(self, at: int, number: int = signal.SIGINT) -> None:
+        self.at, self.number = at, number
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Once, at the step."""
-        if trainer.global_step == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Once, at the batch."""
+        if batch_idx + 1 == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def interrupt(at: int, number: int = signal.SIGINT) -> dict[str, str]:
+    """The option that adds an `Interrupt`."""
+    options = {"at": at, "number": int(number)}
+    return {"trainer.callbacks": json.dumps({"class_path": "tests.test_fit.Interrupt", "init_args": options})}
 
 
 # Errors ----------------------------------------------------------------------------------------------------------
@@ -278,14 +286,40 @@ def test_a_stopped_run_goes_on_to_the_same_bits(variant: str, steps: int, datase
     options = {"model.variant": variant, "model.dead_after_tokens": 1024}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(arguments(dataset, whole, **options)) == 0
-    interrupt = {
-        "trainer.callbacks": json.dumps({"class_path": "tests.test_fit.Interrupt", "init_args": {"at": steps}})
-    }
-    assert main(arguments(dataset, parts, **options, **interrupt)) == 130
+    assert main(arguments(dataset, parts, **options, **interrupt(steps))) == 130
     assert not (parts / "sae").exists()
     assert main(arguments(dataset, parts, **options, ckpt_path="last")) == 0
     assert_same(weights(whole), weights(parts))
     assert logged(parts) == logged(whole)
+
+
+def test_sigterm_stops_as_ctrl_c_does(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(arguments(dataset, whole)) == 0
+    assert main(arguments(dataset, parts, **interrupt(13, signal.SIGTERM))) == 143
+    assert "stopped by SIGTERM after step 13" in capsys.readouterr().err
+    assert main(arguments(dataset, parts, ckpt_path="last")) == 0
+    assert_same(weights(whole), weights(parts))
+
+
+def test_a_stop_inside_an_accumulation_waits_for_the_step(dataset: Path, tmp_path: Path) -> None:
+    options = {"data.batch_size": 128, "trainer.accumulate_grad_batches": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(arguments(dataset, whole, **options)) == 0
+    assert main(arguments(dataset, parts, **options, **interrupt(25))) == 130
+    state = torch.load(parts / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (state["global_step"], state["ActivationData"]["position"]) == (13, 26)
+    assert main(arguments(dataset, parts, **options, ckpt_path="last")) == 0
+    assert_same(weights(whole), weights(parts))
+
+
+def test_a_run_killed_before_its_sae_was_written_gets_it_by_resuming(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(arguments(dataset, run)) == 0
+    before = weights(run)
+    shutil.rmtree(run / "sae")
+    assert main(arguments(dataset, run, ckpt_path="last")) == 0
+    assert_same(before, weights(run))
 
 
 def test_a_finished_run_can_be_lengthened(dataset: Path, tmp_path: Path) -> None:
@@ -355,6 +389,9 @@ def test_accumulated_batches_are_one_step_of_the_run(dataset: Path, tmp_path: Pa
         runs[name] = saeforge.load(tmp_path / name).meta["training"]
     assert runs["halves"]["steps"] == runs["whole"]["steps"] == 40
     assert runs["halves"]["tokens"] == runs["whole"]["tokens"] == 256 * 40
+    # A step is read out once, over all of its batches, and so is its loss that of the whole batch.
+    assert logged(tmp_path / "halves")[0] == pytest.approx(logged(tmp_path / "whole")[0], rel=1e-5)
+    assert len(logged(tmp_path / "halves")) == 40
 
 
 def test_fast_dev_run_takes_one_step(dataset: Path, tmp_path: Path) -> None:

@@ -136,12 +136,13 @@ def run(argv: Sequence[str]) -> int:
     trainer = cli.sae_trainer
     folder = trainer.run_folder
     if folder is not None and folder.stopped_by is not None:
-        if trainer.is_global_zero:
-            print(
-                f"saeforge: stopped by {folder.stopped_by} after step {trainer.global_step}; go on with "
-                f"`saeforge fit --config {folder.run}/config.yaml --ckpt_path last`",
-                file=sys.stderr,
-            )
+        if not trainer.is_global_zero:
+            return 0  # Lightning's watcher would take another code for a crash, and kill rank 0
+        print(
+            f"saeforge: stopped by {folder.stopped_by} after step {trainer.global_step}; go on with "
+            f"`saeforge fit --config {folder.run}/config.yaml --ckpt_path last`",
+            file=sys.stderr,
+        )
         return 130 if folder.stopped_by == "SIGINT" else 143
     if folder is not None and trainer.is_global_zero:
         print(f"saeforge: trained {trainer.global_step:,} steps; the SAE is in {folder.run / 'sae'}")

@@ -36,9 +36,9 @@ class Telemetry(Callback):
     ) -> None:
         """Reads out, when it is time."""
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]  # a property
-        if step % every and step != trainer.max_steps:
-            return
         assert isinstance(pl_module, SAEModule)
+        if not pl_module.stepped or (step % every and step != trainer.max_steps):
+            return
         variant = pl_module.variant
         values = pl_module.readout.read(variant.run.group)
         if not values:
@@ -120,9 +120,9 @@ class ProgressLines(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Prints, when it is time; on rank 0."""
         step, total = trainer.global_step, trainer.max_steps
-        if step % max(1, total // 10) or not trainer.is_global_zero or step == self._first:
-            return
         assert isinstance(pl_module, SAEModule)
+        if not pl_module.stepped or step % max(1, total // 10) or not trainer.is_global_zero:
+            return
         pace = (time.perf_counter() - self._clock) / (step - self._first)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in pl_module.latest.items())
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (total - step)))

@@ -75,7 +75,7 @@ class SAEModule(LightningModule):
                 "leave it out, or add that method to the variant"
             )
         self._resample_steps = resample_steps
-        self.resampled_at = -1
+        self._step_before = -1
         self.readout = ReadOut()
         self._optimizer = optimizer
         self._lr, self._max_grad_norm = lr, max_grad_norm
@@ -98,6 +98,11 @@ class SAEModule(LightningModule):
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.trainer.max_steps
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the last batch completed an optimizer step; False inside an accumulation of gradients."""
+        return self.global_step != self._step_before
 
     @property
     def resample_steps(self) -> tuple[int, ...]:
@@ -154,6 +159,7 @@ class SAEModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum of the variant's terms. Numerics are the variant's own: autocast is off."""
+        self._step_before = self.global_step
         values = self.schedule_values(self.global_step)
         for group, base in zip(self.optimizers().param_groups, self._base_lrs, strict=True):  # type: ignore[union-attr]
             group["lr"] = base * values["lr_factor"]

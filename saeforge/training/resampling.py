@@ -31,9 +31,8 @@ class Resampling(Callback):
         """Once at each of the steps."""
         assert isinstance(pl_module, SAEModule)
         step = trainer.global_step
-        if step not in pl_module.resample_steps or step == pl_module.resampled_at or step >= trainer.max_steps:
+        if not pl_module.stepped or step not in pl_module.resample_steps or step >= trainer.max_steps:
             return
-        pl_module.resampled_at = step  # not again inside an accumulation of gradients
         variant = pl_module.variant
         assert isinstance(variant, Resampled)
         window = min(SILENT_STEPS, step) * pl_module.data.rows_per_step

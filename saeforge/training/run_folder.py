@@ -16,9 +16,12 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from saeforge.errors import CheckpointError, ConfigError
+from saeforge.training.module import SAEModule
 
 CHECKPOINTS_PER_RUN = 10
 CHECKPOINT_SECONDS = 1800.0
+#: Steps between two questions of the ranks to each other whether one of them was told to stop.
+AGREE_STEPS = 8
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -115,18 +118,27 @@ class RunFolder(Callback):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._stop)
-        self._trainer = trainer
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals back: Lightning has put its own SIGTERM handler in front, which leaves without saving."""
+        for number in self._previous:
+            signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopped_by is not None:  # the second one is meant
             raise KeyboardInterrupt
         self.stopped_by = signal.Signals(number).name
-        self._trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Saves, when it is time. The clock is rank 0's, since all ranks must save together."""
-        step = trainer.global_step
-        if not self.checkpoints or step == self._saved_step:  # the same step: inside an accumulation of gradients
+        """Stops or saves, when it is time. The clock is rank 0's, since all ranks must save together."""
+        assert isinstance(pl_module, SAEModule)
+        if not pl_module.stepped:  # a checkpoint would lose the gradients accumulated so far
+            return
+        step, group = trainer.global_step, pl_module.variant.run.group
+        # A signal reaches the ranks at different steps, or one of them only: they stop at the same step or hang.
+        if (group.size == 1 or step % AGREE_STEPS == 0) and self._agree_to_stop(pl_module):
+            trainer.should_stop = True
+        if not self.checkpoints:
             return
         due = step % max(1, trainer.max_steps // CHECKPOINTS_PER_RUN) == 0
         if not due and step % 16 == 0:
@@ -134,19 +146,31 @@ class RunFolder(Callback):
         if due:
             self._save(trainer)
 
+    def _agree_to_stop(self, pl_module: SAEModule) -> bool:
+        stop = pl_module.variant.run.group.agree(self.stopped_by is not None, pl_module.device)
+        if stop and self.stopped_by is None:
+            self.stopped_by = signal.SIGTERM.name  # another rank's; Ctrl-C in a terminal reaches all of them
+        return stop
+
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.run / "checkpoints" / "last.ckpt", weights_only=False)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the state after the last step, and the SAE."""
-        variant: Any = pl_module.variant
-        stopped = variant.run.group.agree(self.stopped_by is not None, pl_module.device)
+        """Saves the state after the last step."""
+        assert isinstance(pl_module, SAEModule)
+        self._agree_to_stop(pl_module)
         if self.checkpoints and self._saved_step != trainer.global_step:
             self._save(trainer)
-        if trainer.is_global_zero and not stopped:
-            sae = variant.fold()
-            sae.meta = pl_module.provenance()  # type: ignore[operator]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the SAE; also when a checkpoint of the last step was resumed, which leaves nothing to train."""
+        assert isinstance(pl_module, SAEModule)
+        if trainer.global_step >= trainer.max_steps:
+            self.stopped_by = None  # a signal at the last step came too late to stop anything
+        if trainer.is_global_zero and self.stopped_by is None:
+            sae = pl_module.variant.fold()
+            sae.meta = pl_module.provenance()
             sae.save(self.run / "sae")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
