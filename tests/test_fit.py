@@ -258,6 +258,35 @@ def test_a_loss_that_is_not_finite_is_one_line(
     assert "the loss is" in capsys.readouterr().err
 
 
+def test_a_run_that_broke_between_two_readings_keeps_its_last_good_checkpoint(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"model.variant": "l1_relu", "model.lr": 1e30, "trainer.log_every_n_steps": 40}
+    assert main(arguments(dataset, tmp_path / "run", **options)) == 2
+    assert "the weights are not finite at step 4;" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(arguments(dataset, tmp_path / "file" / "run")) == 2
+    assert "cannot be made" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_callbacks_can_monitor_the_validation(dataset: Path, tmp_path: Path) -> None:
+    stop = {"monitor": "val/fvu", "patience": 1, "min_delta": 10.0}  # no improvement is that large
+    keep = {"monitor": "val/fvu", "dirpath": str(tmp_path / "best"), "every_n_train_steps": 4}
+    callbacks = [
+        {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keep},
+    ]
+    assert main(arguments(dataset, tmp_path / "run", **{"trainer.callbacks": json.dumps(callbacks)})) == 0
+    assert saeforge.load(tmp_path / "run").meta["training"]["steps"] == 8  # validations after 4 and 8
+    assert list((tmp_path / "best").glob("*.ckpt"))
+
+
 def test_no_traceback_reaches_a_person(dataset: Path, tmp_path: Path) -> None:
     command = [*CLI, *arguments(dataset, tmp_path / "run", **{"model.variant": "topkk"})]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -360,6 +389,7 @@ def test_sigkill_and_resume_give_the_same_bits(dataset: Path, tmp_path: Path) ->
         ({"model.lr": 0.1}, ["lr: 0.003 -> 0.1"]),
         ({"data.batch_size": 128}, ["batch_size = 256", "128"]),
         ({"data.seed": 7}, ["seed = 0", "7"]),
+        ({"trainer.accumulate_grad_batches": 2}, ["accumulate_grad_batches: 1 -> 2"]),
     ],
 )
 def test_a_checkpoint_of_another_configuration_is_refused(
@@ -367,7 +397,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(
 ) -> None:
     run = tmp_path / "run"
     assert main(arguments(dataset, run, **{"data.tokens": 256 * 4})) == 0
+    before = (run / "config.yaml").read_text()
     assert main(arguments(dataset, run, **change, ckpt_path="last")) == 2
+    assert (run / "config.yaml").read_text() == before  # the file that the run goes on with
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("saeforge: error: ")
     assert all(word in error for word in words), error

@@ -20,7 +20,7 @@ from saeforge.registry import VARIANTS
 from saeforge.sae import SAE, load
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
-from saeforge.training.run_folder import check_free
+from saeforge.training.run_folder import check_free, make_folder
 from saeforge.training.trainer import SAETrainer
 
 DEFAULT_RUN = "runs/default"
@@ -81,7 +81,7 @@ class FitCLI(LightningCLI):
             if options is not None and options.get("save_dir") in (None, "."):
                 options["save_dir"] = str(run)
             if options is not None and logger["class_path"].endswith("WandbLogger"):
-                run.mkdir(parents=True, exist_ok=True)
+                make_folder(run)
                 options["name"] = options.get("name") or run.name
 
 
@@ -92,19 +92,19 @@ class RunConfig(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called on rank 0, before the weights are made."""
+        """Called on rank 0, before the weights are made: makes the text that `on_fit_start` writes."""
         config = self.config.clone()
         config["ckpt_path"], config["overwrite"] = None, False
-        text = self.parser.dump(config, skip_unset=False)
-        run = Path(config["run"])
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(text)
-        self._text = text
+        self._text = self.parser.dump(config, skip_unset=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Once the module is bound to the run, what was left open is known."""
+        """Once the module is bound to the run, what was left open is known, and a checkpoint has been accepted.
+
+        A refused one must leave the file as it is: it says how to resume.
+        """
         if not trainer.is_global_zero:
             return
+        (Path(self.config["run"]) / "config.yaml").write_text(self._text)
         assert isinstance(pl_module, SAEModule)
         record = VARIANTS.name_of(type(pl_module.variant))
         facts = {

@@ -91,6 +91,8 @@ class ValidationTable(Callback):
         result = pl_module.validation_result()
         pl_module.latest["val_fvu"] = result.fvu
         figures = {f"val/{name}": float(value) for name, value in asdict(result).items()}
+        # What EarlyStopping and ModelCheckpoint may monitor; `self.log` would send it to the loggers a second time.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
 

@@ -224,6 +224,8 @@ class SAEModule(LightningModule):
             },
             "resample_steps": list(self.resample_steps),
             "seed": self._seed,
+            # Positions in the data are counted in batches: with another number of them a step, nothing would fit.
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
         }
 
     def provenance(self) -> dict[str, Any]:
@@ -280,9 +282,9 @@ def check_identity(saved: dict[str, Any], given: dict[str, Any]) -> None:
             before, now = saved[part].get(name), given[part].get(name)
             if before != now:
                 differences.append(f"{name}: {before} -> {now}")
-    for name in ("resample_steps", "seed"):
-        if saved[name] != given[name]:
-            differences.append(f"{name}: {saved[name]} -> {given[name]}")
+    for name in ("resample_steps", "seed", "accumulate_grad_batches"):
+        if saved.get(name) != given[name]:
+            differences.append(f"{name}: {saved.get(name)} -> {given[name]}")
     if differences:
         raise CheckpointError(
             f"the checkpoint was trained with other settings ({'; '.join(differences)}); "

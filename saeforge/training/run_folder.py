@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from saeforge.errors import CheckpointError, ConfigError
+from saeforge.errors import CheckpointError, ConfigError, SaeforgeError
 from saeforge.training.module import SAEModule
 
 CHECKPOINTS_PER_RUN = 10
@@ -51,6 +51,20 @@ def check_free(run: Path, *, resume: bool, overwrite: bool) -> None:
             f"{run} already holds a run; go on with `--ckpt_path last`, "
             "choose another `--run`, or give `--overwrite true`"
         )
+
+
+def make_folder(run: Path) -> None:
+    """Makes the RUN folder.
+
+    Raises:
+        ConfigError: it cannot be made, or not be written to.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the RUN folder {run} cannot be made ({error.strerror}); choose another --run") from error
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise ConfigError(f"the RUN folder {run} cannot be written to; mend its permissions or choose another --run")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -113,8 +127,7 @@ class RunFolder(Callback):
         self._saved_step, self._saved_at = -1, time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the folder and takes the signals."""
-        self.run.mkdir(parents=True, exist_ok=True)
+        """Takes the signals."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._stop)
@@ -144,7 +157,7 @@ class RunFolder(Callback):
         if not due and step % 16 == 0:
             due = trainer.strategy.broadcast(time.monotonic() - self._saved_at > CHECKPOINT_SECONDS)
         if due:
-            self._save(trainer)
+            self._save(trainer, pl_module)
 
     def _agree_to_stop(self, pl_module: SAEModule) -> bool:
         stop = pl_module.variant.run.group.agree(self.stopped_by is not None, pl_module.device)
@@ -152,7 +165,13 @@ class RunFolder(Callback):
             self.stopped_by = signal.SIGTERM.name  # another rank's; Ctrl-C in a terminal reaches all of them
         return stop
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, pl_module: SAEModule) -> None:
+        # The loss is read every log_every_n_steps only: a run that broke since must not replace its last good state.
+        if not all(bool(torch.isfinite(weight).all()) for weight in pl_module.variant.parameters()):
+            raise SaeforgeError(
+                f"the weights are not finite at step {trainer.global_step}; lower model.lr, or check the activations; "
+                "the last checkpoint is intact"
+            )
         trainer.save_checkpoint(self.run / "checkpoints" / "last.ckpt", weights_only=False)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
@@ -161,7 +180,7 @@ class RunFolder(Callback):
         assert isinstance(pl_module, SAEModule)
         self._agree_to_stop(pl_module)
         if self.checkpoints and self._saved_step != trainer.global_step:
-            self._save(trainer)
+            self._save(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the SAE; also when a checkpoint of the last step was resumed, which leaves nothing to train."""

@@ -21,7 +21,7 @@ from saeforge.training.callbacks import ProgressBar, ProgressLines, Telemetry, V
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.resampling import Resampling
-from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint
+from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint, make_folder
 
 # torch 2.13 renames the option that keeps ranks from sending each other equal buffers in every forward.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -110,6 +110,8 @@ class SAETrainer(Trainer):
             ckpt_path = str(last_checkpoint(Path(self.default_root_dir)))
         if ckpt_path is not None and not Path(ckpt_path).is_file():
             raise CheckpointError(f"no checkpoint at {ckpt_path}; expected a file such as RUN/checkpoints/last.ckpt")
+        if self.run_folder is not None:
+            make_folder(self.run_folder.run)
         super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
 
