@@ -93,6 +93,16 @@ def test_other_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.C
     assert "no validation split" in fails([str(run), "--data", str(tmp_path / "train-only")], capsys)
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--device=cudda", "'cudda'"), ("--max_tokens=0", "max_tokens = 0"), ("--batch_size=0", "batch_size = 0")],
+)
+def test_impossible_options_are_one_line(
+    option: str, words: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in fails([str(run), option], capsys)
+
+
 def test_an_sae_that_does_not_name_its_data_asks_for_it(run: Path, tmp_path: Path) -> None:
     sae = saeforge.load(run)
     sae.meta = {}

@@ -21,7 +21,9 @@ def make_parser() -> OneLineParser:
     parser.add_argument("run", type=str, help="RUN folder (runs/<name>) or an sae/ folder.")
     parser.add_argument("--data", type=str | None, default=None, help="Dataset; default: the one it was trained on.")
     parser.add_argument("--split", type=str, default="validation", help="validation or train.")
-    parser.add_argument("--max_tokens", type=int | None, default=None, help="Read at most so many tokens.")
+    parser.add_argument(
+        "--max_tokens", type=int | None, default=None, help="Read at most so many tokens, in whole blocks."
+    )
     parser.add_argument(
         "--batch_size", type=int, default=4096, help="Rows at a time; the result does not depend on it."
     )

@@ -83,13 +83,13 @@ def evaluate(
         run: RUN folder, `sae/` folder, or an SAE. With a RUN folder the result is written to RUN/evaluation.json.
         data: dataset; default: the one it was trained on.
         split: "validation" or "train".
-        max_tokens: read at most so many tokens; default: all.
+        max_tokens: read at most so many tokens (whole blocks, at least one); default: all.
         batch_size: rows at a time; the result does not depend on it.
         device: "auto", "cpu", "cuda", ...
         on_progress: called with (batches done, batches in all).
 
     Raises:
-        SaeforgeError: no SAE, no dataset, or activations of another width.
+        SaeforgeError: no SAE, no dataset, activations of another width, or a device that is not there.
     """
     sae = run if isinstance(run, SAE) else load(run)
     path = data or sae.meta.get("dataset_path")
@@ -107,8 +107,14 @@ def evaluate(
         raise DatasetError(
             f"{path} has no {split} split; harvest with a validation_share above 0, or use --split train"
         )
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    sae = sae.to(place)
+    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+        raise ConfigError(f"batch_size = {batch_size}, max_tokens = {max_tokens}: expected positive numbers")
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        sae = sae.to(place)
+    except (RuntimeError, AssertionError) as error:  # torch's own: a word that is no device, or one that is not there
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used ({reason}); try auto or cpu") from error
     mean = torch.tensor(source.statistics[1].mean)
     metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, device=place)
     loader = ValidationLoader(source, batch_size, max_rows=max_tokens, split=split)
