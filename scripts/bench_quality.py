@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_quality_judge import judge, judge_pca, machine, table, tune
+from bench_quality_judge import identity, judge, judge_pca, machine, table, tune
 from torch import Tensor
 
 from saeforge.data.loader import TrainLoader, ValidationLoader
@@ -90,9 +90,6 @@ class Trained:
 
     sae: SAE
     seconds: float
-
-
-# Training ------------------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -342,7 +339,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     setting = replace(Setting(), steps=given.steps, lr=given.lr, threads=given.threads)
     source, random = ShardSource(given.data), ShardSource(given.random_data)
-    header = {"setting": asdict(setting), "data": source.identity, "random_data": random.identity}
+    header = {"setting": asdict(setting), "data": identity(source), "random_data": identity(random)}
     results = Results(given.out, {**header, "machine": machine()})
     benchmark(source, random, setting, given.seeds, results, given.peer_python)
     print(table(results.runs))

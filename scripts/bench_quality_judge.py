@@ -126,6 +126,11 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def identity(source: BlockSource) -> dict[str, Any]:
+    """Which rows, wherever they lie."""
+    return {key: source.identity[key] for key in ("model", "site", "dataset")}
+
+
 def machine() -> dict[str, Any]:
     """Versions and hardware, for the report."""
     cpu = Path("/proc/cpuinfo")

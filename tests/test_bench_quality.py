@@ -146,7 +146,7 @@ def test_a_benchmark_goes_on_where_it_was_and_refuses_other_settings(
 ) -> None:
     setting = replace(setting, steps=100, lr=0.03)  # long enough for a penalty to act
     out = tmp_path / "quality.json"
-    header = {"setting": asdict(setting), "data": source.identity, "random_data": source.identity}
+    header = {"setting": asdict(setting), "data": bench.identity(source), "random_data": bench.identity(source)}
     with monkeypatch.context() as patch:
         patch.setattr(bench, "SPARSE", {"gated": bench.SPARSE["gated"]})
         bench.benchmark(source, source, setting, 1, bench.Results(out, header), None)
