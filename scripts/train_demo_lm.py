@@ -73,7 +73,7 @@ class Progress:
 def rate(recipe: Recipe, progress: Progress) -> float:
     """The learning rate of the coming step."""
     value = recipe.lr * min(1.0, (progress.step + 1) / recipe.warmup)
-    if progress.decay_start >= 0:
+    if 0 <= progress.decay_start <= progress.step:
         done = (progress.step - progress.decay_start + 1) / (progress.decay_steps + 1)
         value *= 0.5 * (1 + math.cos(math.pi * done))
     return value
