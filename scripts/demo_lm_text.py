@@ -22,6 +22,10 @@ DOCUMENT_SIZE = 1000
 COPY_SIZE = 60
 #: A label is read at most this many times as often as the text as a whole.
 MOST_REPEATED = 4.0
+#: English prose is a third of these; other languages have hardly any of them, code and markup few.
+ENGLISH = frozenset(
+    "the of and to is in that for it with as be are this by not or from at which you if can will an on have has".split()
+)
 BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 
 
@@ -39,7 +43,8 @@ def read_documents(folders: Iterable[Path], held_out: float = 0.05) -> list[Docu
 
     A document is held out by the hash of its text, so that the choice stays the same when other text is added. A
     passage that stands under two labels is left out of both, a second copy under one label is left out, and so is a
-    held-out document that is mostly made of lines that the training documents hold too.
+    held-out document that is mostly made of lines that the training documents hold too. Where there is a label
+    "english", English prose is left out of the others: untranslated passages, and comments that stand by themselves.
 
     Args:
         folders: Labelled folders; text under the same label in several folders is joined.
@@ -59,11 +64,14 @@ def read_documents(folders: Iterable[Path], held_out: float = 0.05) -> list[Docu
         for passage in passages:
             labels_of.setdefault(_plain(passage), set()).add(label)
 
+    with_english = any(label == "english" for label, _, _ in grouped)
     documents, seen = [], set()
     for label, passages, held in grouped:
         kept = []
         for passage in passages:
             plain = _plain(passage)
+            if with_english and label != "english" and is_english(passage):
+                continue
             if len(plain) >= COPY_SIZE:
                 if plain in seen or len(labels_of[plain]) > 1:
                     continue
@@ -105,6 +113,12 @@ def fingerprint(documents: Iterable[Document]) -> str:
     for document in documents:
         digest.update(f"{document.label}\0{document.held_out}\0{document.text}\0".encode())
     return digest.hexdigest()
+
+
+def is_english(passage: str) -> bool:
+    """Whether a passage is English prose; markup never is."""
+    words = re.findall(r"\w+", passage.lower())
+    return "</" not in passage and len(words) >= 6 and sum(word in ENGLISH for word in words) >= 0.2 * len(words)
 
 
 def _label_files(folders: Iterable[Path]) -> list[tuple[str, Path]]:

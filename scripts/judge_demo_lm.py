@@ -81,7 +81,8 @@ class Verdict:
     def misses(self) -> list[str]:
         """The goals that are missed, in words."""
         found = [
-            f"{label}: {1 - bits / self.baseline_bits[label]:.1%} below Kneser-Ney, expected {LEAST_GAIN:.0%}"
+            f"{label}: {bits:.3f} bits per byte, Kneser-Ney has {self.baseline_bits[label]:.3f}, expected "
+            f"{LEAST_GAIN:.0%} less"
             for label, bits in self.model_bits.items()
             if bits > (1 - LEAST_GAIN) * self.baseline_bits[label]
         ]
@@ -215,7 +216,8 @@ def report(verdict: Verdict, facts: dict[str, Any], documents: Sequence[Document
         f"{shape['vocab_size']:,} tokens, trained for {facts['step']:,} steps ({facts['tokens'] / 1e6:.1f}M tokens) on "
         f"{facts['device']}. Written by `scripts/judge_demo_lm.py`; `scripts/train_demo_lm.py` makes the model.",
         "",
-        "All goals are met." if not misses else "Goals that are missed: " + "; ".join(misses) + ".",
+        "All goals are met." if not misses else "Goals that are missed:",
+        *([""] + [f"- {miss}" for miss in misses] if misses else []),
         "",
         "## How well it predicts",
         "",

@@ -202,6 +202,8 @@ def flip_a_byte(dataset: Path, copy: Path) -> Path:
         ({"data.batch_size": 100}, ["batch_size = 100", "use 96"]),
         ({"data.tokens": 10}, ["data.tokens = 10", "256"]),
         ({"model.variant.k": 500}, ["k = 500", "d_sae = 128"]),
+        ({"trainer.strategy": "fsdp"}, ["fsdp", "ddp"]),
+        ({"trainer.default_root_dir": "x"}, ["default_root_dir", "`run`"]),
         ({"ckpt_path": "last"}, ["last.ckpt", "is missing"]),
         ({"ckpt_path": "nowhere.ckpt"}, ["nowhere.ckpt"]),
         ({"data.input": "nosuch"}, ["nosuch", "array:out"]),
@@ -302,7 +304,11 @@ def test_a_folder_with_a_run_is_not_overwritten(
     assert main(args) == 0
     assert main(args) == 2
     assert "--ckpt_path last" in capsys.readouterr().err
+    (tmp_path / "run" / "evaluation.json").write_text("{}")
     assert main([*args, "--overwrite=true"]) == 0
+    assert not (tmp_path / "run" / "evaluation.json").exists()  # it was of the former SAE
+    with pytest.raises(saeforge.SaeforgeError, match="already holds a run"):
+        saeforge.train(dataset, run=tmp_path / "run", progress=False)
 
 
 # Resume ----------------------------------------------------------------------------------------------------------
@@ -435,3 +441,32 @@ def test_without_checkpoints_only_the_sae_is_left(dataset: Path, tmp_path: Path)
     assert main([*arguments(dataset, tmp_path / "run"), "--trainer.enable_checkpointing=false"]) == 0
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert saeforge.load(tmp_path / "run").d_sae == 128
+
+
+def test_seed_everything_changes_weights_and_order(dataset: Path, tmp_path: Path) -> None:
+    for name, more in (("a", []), ("b", ["--seed_everything=1"]), ("c", ["--model.seed=1", "--data.seed=1"])):
+        assert main([*arguments(dataset, tmp_path / name), *more]) == 0
+    a, b, c = (weights(tmp_path / name)["W_dec"] for name in "abc")
+    assert not torch.equal(a, b)
+    assert torch.equal(b, c)
+
+
+def test_train_takes_any_batch_size_and_sites_by_name(dataset: Path) -> None:
+    x = torch.randn(2000, 8)
+    assert saeforge.train(x, d_sae=16, k=2, batch_size=1000, tokens=4000, progress=False).d_in == 8
+    sae = saeforge.train(
+        dataset,
+        site="array:out",
+        target="array:out",
+        d_sae=16,
+        k=2,
+        batch_size=64,
+        tokens=640,
+        progress=False,
+        pre_bias=False,
+    )
+    assert sae.meta["target"]["id"] == "array:out"
+    with pytest.raises(saeforge.SaeforgeError, match="name of one of its sites"):
+        saeforge.train(dataset, target=x, progress=False)
+    with pytest.raises(saeforge.SaeforgeError, match="rows too"):
+        saeforge.train(x, target="array:out", progress=False)

@@ -250,9 +250,18 @@ def test_held_out_rows_are_read_exactly_once_over_the_ranks_and_no_rank_is_left_
 def test_max_rows_limits_the_held_out_rows_over_all_ranks() -> None:
     of = source()
     assert of.block_rows("validation") == 16
-    for max_rows, rows in ((1, 16), (16, 16), (47, 32), (10**9, of.n_blocks("validation") * 16)):
+    # At least a block for each rank: Lightning cannot validate on a rank that has nothing.
+    for max_rows, rows in ((1, 32), (16, 32), (47, 32), (10**9, of.n_blocks("validation") * 16)):
         loaders = [ValidationLoader(of, 32, max_rows=max_rows, rank=rank, world=2) for rank in range(2)]
+        assert all(len(mine) for mine in loaders)
         assert sum(len(batch.x) for mine in loaders for batch in mine) == rows
+
+
+def test_fewer_held_out_blocks_than_ranks_are_refused() -> None:
+    of = source()
+    world = of.n_blocks("validation") + 1
+    with pytest.raises(DatasetError, match="held-out blocks"):
+        ValidationLoader(of, 32, world=world)
 
 
 def test_without_held_out_rows_there_are_no_batches() -> None:

@@ -200,6 +200,19 @@ def test_copies_are_left_out(scripts: Any, tmp_path: Path) -> None:
     assert whole.count(passages[2]) == 1
 
 
+def test_english_prose_stands_under_no_other_label(scripts: Any) -> None:
+    comment = "/* This is where the output of the parser is kept, in order of appearance. */"
+    assert scripts.text.is_english(comment)
+    for other in (
+        f"<p>{comment}</p>",
+        "int main(int argc, char **argv) { for (int i = 0; i < argc; i++) puts(argv[i]); return 0; }",
+        "for line in lines:\n    if line not in seen and line is not None:\n        seen.add(line.strip())\n    total += 1",
+        "As pessoas que chegam à cidade de manhã encontram as ruas vazias e as lojas fechadas.",
+        "In der Stadt will man es nicht glauben, und an den Ufern hat es geregnet.",
+    ):
+        assert not scripts.text.is_english(other), other
+
+
 def test_document_bits_scores_each_token_once(scripts: Any) -> None:
     shape = scripts.model.Shape(vocab_size=64, d_model=16, n_layers=1, n_heads=2, intermediate=32, context=8)
     model = shape.build().eval()
@@ -277,7 +290,7 @@ def test_the_report_says_what_was_measured(scripts: Any, text: Path, tmp_path: P
     command = ["--model", str(tmp_path / "out"), "--report", str(report), "--per-label", "3", "--new-tokens", "12"]
     assert scripts.judge.main(["--text", str(text), *command]) == 1  # two steps cannot beat Kneser-Ney
     said = report.read_text(encoding="utf-8")
-    assert "Goals that are missed: left: " in said
+    assert "Goals that are missed:\n\n- left: " in said
     assert "names 100.0% of" in said
     assert "| left | " in said
     assert "**right**" in said

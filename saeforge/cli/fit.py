@@ -20,11 +20,18 @@ from saeforge.registry import VARIANTS
 from saeforge.sae import SAE, load
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
-from saeforge.training.run_folder import check_free, make_folder
+from saeforge.training.run_folder import check_free, clear, make_folder
 from saeforge.training.trainer import SAETrainer
 
 DEFAULT_RUN = "runs/default"
 _LINKED = ("d_in", "d_out")
+_LINKED_KEYS = {
+    **{
+        f"model.{name}": f"model.{name} is read from the dataset and cannot be set; remove it (data.path decides)"
+        for name in _LINKED
+    },
+    "trainer.default_root_dir": "trainer.default_root_dir is the RUN folder; set `run` instead",
+}
 
 
 class FitParser(LightningArgumentParser):
@@ -104,7 +111,10 @@ class RunConfig(SaveConfigCallback):
         """
         if not trainer.is_global_zero:
             return
-        (Path(self.config["run"]) / "config.yaml").write_text(self._text)
+        run = Path(self.config["run"])
+        if self.config["overwrite"] and self.config["ckpt_path"] is None:
+            clear(run)  # only now, when everything that could be refused has been accepted
+        (run / "config.yaml").write_text(self._text)
         assert isinstance(pl_module, SAEModule)
         record = VARIANTS.name_of(type(pl_module.variant))
         facts = {
@@ -168,6 +178,8 @@ def run_cli(args: list[str] | None) -> FitCLI:
         )
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    except ModuleNotFoundError as error:  # a logger's package, say
+        raise ConfigError(f"a package is missing: {str(error).splitlines()[0]}; install it with pip") from error
 
 
 def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> SAE:
@@ -186,8 +198,9 @@ def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> SAE:
     """
     args = ["fit"]
     for config in configs:
-        args += ["--config", yaml.safe_dump(config) if isinstance(config, dict) else str(config)]
-    for key, value in overrides.items():
+        args += ["--config", yaml.safe_dump(_plain(config)) if isinstance(config, dict) else str(config)]
+    for key, given in overrides.items():
+        value = _plain(given)
         text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n")
         args.append(f"--{key.replace('__', '.')}={text.strip()}")
     cli = run_cli(args)
@@ -198,27 +211,31 @@ def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> SAE:
     return load(folder.run)
 
 
+def _plain(value: Any) -> Any:
+    """A value with its paths as strings."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def _refuse_linked(args: list[str]) -> None:
-    """Refuses `model.d_in` in files and arguments: the dataset knows it."""
-    message = "model.{} is read from the dataset and cannot be set; remove it (the width is that of data.path)"
-    for name in _LINKED:
-        if any(arg.split("=")[0] == f"--model.{name}" for arg in args):
-            raise ConfigError(message.format(name))
+    """Refuses keys that follow from others: LightningCLI drops them silently where a file sets them."""
+    for key, message in _LINKED_KEYS.items():
+        if any(arg.split("=")[0] == f"--{key}" for arg in args):
+            raise ConfigError(message)
     for flag, value in zip(args, [*args[1:], ""], strict=True):
         name, _, inline = flag.partition("=")
         if name not in ("-c", "--config"):
             continue
-        source = inline or value
-        path = Path(source) if len(source) < 4096 else None
-        is_file = path is not None and "\n" not in source and path.is_file()
         try:
-            content = yaml.safe_load(path.read_text() if is_file and path is not None else source)
+            source = inline or value
+            content = yaml.safe_load(source if "\n" in source or len(source) > 255 else Path(source).read_text())
         except (yaml.YAMLError, OSError):
             continue  # the parser says what is wrong with it
-        if not isinstance(content, dict):
-            continue
-        for part in (content, content.get("fit")):
-            model = part.get("model") if isinstance(part, dict) else None
-            for key in _LINKED:
-                if isinstance(model, dict) and key in model:
-                    raise ConfigError(message.format(key))
+        for part in (content, content.get("fit")) if isinstance(content, dict) else ():
+            for key, message in _LINKED_KEYS.items():
+                group, option = key.split(".")
+                if isinstance(part, dict) and isinstance(part.get(group), dict) and option in part[group]:
+                    raise ConfigError(message)

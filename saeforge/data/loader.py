@@ -13,7 +13,7 @@ from torch import Tensor
 from saeforge.data.batch import Batch
 from saeforge.data.plan import RNG, Plan
 from saeforge.data.source import BlockSource
-from saeforge.errors import CheckpointError, ConfigError
+from saeforge.errors import CheckpointError, ConfigError, DatasetError
 
 Window = tuple[Tensor, Tensor | None, np.ndarray]
 Key = tuple[int, int, int]  # pass, lane, window
@@ -147,7 +147,9 @@ class ValidationLoader:
         n_blocks = source.n_blocks(split)
         rows = source.block_rows(split) if n_blocks else 1
         if max_rows is not None:
-            n_blocks = min(n_blocks, max(1, max_rows // rows))
+            n_blocks = min(n_blocks, max(world, max_rows // rows))
+        if 0 < n_blocks < world:
+            raise DatasetError(f"{n_blocks} held-out blocks for {world} ranks; harvest more validation tokens")
         # Small held-out sets are cut finer, so that every rank has a batch: Lightning fails where one rank has none.
         step = max(1, min(batch_rows // rows, n_blocks // world))
         self._batches = [range(i, min(i + step, n_blocks)) for i in range(0, n_blocks, step)][rank::world]

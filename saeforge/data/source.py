@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,7 +72,7 @@ class ShardSource:
             "site": _site(self.input),
             "target": None if self.target is None else _site(self.target),
             "dataset": self.fingerprint,
-            "dataset_path": str(path),
+            "dataset_path": str(Path(path).resolve()),
         }
 
     def n_blocks(self, split: str) -> int:

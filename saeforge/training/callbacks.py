@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from typing import Any
@@ -51,7 +52,7 @@ class Telemetry(Callback):
         figures |= {f"train/{name[5:]}": value for name, value in values.items() if name.startswith("term/")}
         figures |= {
             "train/l0": values["active"] / rows,
-            "train/fvu": values["counter/squared_error"] / (rows * pl_module.total_variance),
+            "train/fvu": values["counter/squared_error"] / (rows * pl_module.total_variance or math.nan),
             "train/dead": float(variant.dead().sum()),
             "train/tokens_per_second": rows / elapsed,
             "train/tokens": step * pl_module.data.rows_per_step,
@@ -126,7 +127,7 @@ class ProgressLines(Callback):
         if not pl_module.stepped or step % max(1, total // 10) or not trainer.is_global_zero:
             return
         pace = (time.perf_counter() - self._clock) / (step - self._first)
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in pl_module.latest.items())
+        figures = "".join(f"{name} {value:.4g}, " for name, value in pl_module.latest.items())
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (total - step)))
         tokens = pl_module.data.rows_per_step / pace
-        print(f"step {step:,} of {total:,}: {figures}; {tokens:,.0f} tokens/s, {left} left", flush=True)
+        print(f"step {step:,} of {total:,}: {figures}{tokens:,.0f} tokens/s, {left} left", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from saeforge.ops import Group
 MIN_DEFAULT_STEPS = 2000
 
 
+def run_seed(seed: int | None) -> int:
+    """The seed, or that of Lightning's `seed_everything` (which is equal on all ranks), or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+
+
 class ActivationData(LightningDataModule):
     """Batches of activations from a dataset that `saeforge harvest` wrote.
 
@@ -31,7 +37,7 @@ class ActivationData(LightningDataModule):
         lanes: parallel streams that make up a batch; any multiple of every number of devices you will ever use.
         window_blocks: blocks of a lane that are shuffled together.
         validation_rows: held-out rows per validation.
-        seed: of the order.
+        seed: of the order; null is seed_everything.
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class ActivationData(LightningDataModule):
         lanes: int = 8,
         window_blocks: int = 4,
         validation_rows: int = 65_536,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self._configure(
@@ -64,7 +70,7 @@ class ActivationData(LightningDataModule):
         """The same over any block source. Options: lanes, window_blocks, validation_rows, seed."""
         data = cls.__new__(cls)
         LightningDataModule.__init__(data)
-        defaults = {"lanes": 8, "window_blocks": 4, "validation_rows": 65_536, "seed": 0}
+        defaults = {"lanes": 8, "window_blocks": 4, "validation_rows": 65_536, "seed": None}
         data._configure(source, batch_size, tokens, **{**defaults, **options})
         return data
 
@@ -76,12 +82,14 @@ class ActivationData(LightningDataModule):
         lanes: int,
         window_blocks: int,
         validation_rows: int,
-        seed: int,
+        seed: int | None,
     ) -> None:
         if tokens is not None and tokens < batch_size:
             raise ConfigError(f"data.tokens = {tokens} is less than one batch of {batch_size}")
         self.source, self.batch_size, self.tokens, self.validation_rows = source, batch_size, tokens, validation_rows
-        self.plan = Plan(source.n_blocks("train"), source.block_rows("train"), batch_size, lanes, window_blocks, seed)
+        self.plan = Plan(
+            source.n_blocks("train"), source.block_rows("train"), batch_size, lanes, window_blocks, run_seed(seed)
+        )
         self._loader: TrainLoader | None = None
         self._state: dict[str, Any] | None = None
 
@@ -143,7 +151,8 @@ class ActivationData(LightningDataModule):
         """Moves a batch; `target` stays the same tensor as `x` where it was."""
         x = batch.x.to(device, non_blocking=True)
         target = x if batch.target is batch.x else batch.target.to(device, non_blocking=True)
-        return Batch(x, target, batch.weight, batch.group)
+        extras = (None if part is None else part.to(device, non_blocking=True) for part in (batch.weight, batch.group))
+        return Batch(x, target, *extras)
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state: also here, since Lightning drops a loader's own at the end of an epoch [data 5.5]."""

@@ -20,7 +20,7 @@ from saeforge.optim import RowAdam
 from saeforge.registry import VARIANTS
 from saeforge.sae import SAE
 from saeforge.schedules import rewarm, warmup_then_decay
-from saeforge.training.data import ActivationData
+from saeforge.training.data import ActivationData, run_seed
 from saeforge.training.readout import ReadOut
 from saeforge.variants import DataStatistics, Resampled, RunSettings, Variant
 
@@ -39,14 +39,14 @@ class SAEModule(LightningModule):
         optimizer: any torch optimizer class with its options; null is saeforge's RowAdam as the variant's paper sets
             it. With another optimizer the decoder's norm constraint is restored after its step, and nothing is clipped.
         lr: learning rate of RowAdam.
-        max_grad_norm: bound of the global gradient norm in RowAdam.
+        max_grad_norm: bound of the global gradient norm in RowAdam; .inf for none.
         lr_warmup_steps: optimizer steps of linear warm-up.
         lr_decay_share: share of the run, at its end, over which the rate falls linearly to 0.
         dead_after_tokens: a latent silent for so many tokens counts as dead; null is the smaller of 10 million and 5%
             of the run.
         resample_steps: optimizer steps after which dead latents are resampled and the rate warms up again; for
             variants that offer it (gated).
-        seed: of the initial weights.
+        seed: of the initial weights; null is seed_everything.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SAEModule(LightningModule):
         lr_decay_share: float | None = None,
         dead_after_tokens: int | None = None,
         resample_steps: list[int] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if optimizer is not None and (lr is not None or max_grad_norm is not None):
@@ -80,7 +80,7 @@ class SAEModule(LightningModule):
         self._optimizer = optimizer
         self._lr, self._max_grad_norm = lr, max_grad_norm
         self._warmup, self._decay_share = lr_warmup_steps, lr_decay_share
-        self._dead_after, self._seed = dead_after_tokens, seed
+        self._dead_after, self._seed = dead_after_tokens, run_seed(seed)
         self._base_lrs: list[float] = []
         self._validation: tuple[SAE, ReconstructionMetrics] | None = None
         self.total_variance = float("nan")  # of the target, raw units, summed over dimensions

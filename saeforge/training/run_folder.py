@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import threading
 import time
@@ -65,6 +66,14 @@ def make_folder(run: Path) -> None:
         raise ConfigError(f"the RUN folder {run} cannot be made ({error.strerror}); choose another --run") from error
     if not os.access(run, os.W_OK | os.X_OK):
         raise ConfigError(f"the RUN folder {run} cannot be written to; mend its permissions or choose another --run")
+
+
+def clear(run: Path) -> None:
+    """Removes what a former run left, so that nothing of it can be taken for this one's."""
+    for name in ("checkpoints", "sae"):
+        if (run / name).exists():
+            shutil.rmtree(run / name)
+    (run / "evaluation.json").unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

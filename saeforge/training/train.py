@@ -18,6 +18,7 @@ from saeforge.registry import VARIANTS
 from saeforge.sae import SAE
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
+from saeforge.training.run_folder import check_free
 from saeforge.training.trainer import SAETrainer
 from saeforge.variants import Variant
 
@@ -26,7 +27,8 @@ def train(
     x: Tensor | np.ndarray | Iterable[Tensor] | str | Path,
     *,
     variant: str | type[Variant] = "topk",
-    target: Tensor | np.ndarray | None = None,
+    target: Tensor | np.ndarray | str | None = None,
+    site: str | None = None,
     tokens: int | None = None,
     batch_size: int = 4096,
     lr: float | None = None,
@@ -43,12 +45,13 @@ def train(
     Args:
         x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk.
         variant: entry-point name or class.
-        target: (n, d_out) to reconstruct instead of x (a transcoder).
+        target: (n, d_out) to reconstruct instead of x (a transcoder); for a dataset, the name of that site.
+        site: of a dataset that has several, the one to read.
         tokens: length of the run; default: one pass, at least 2,000 steps.
         batch_size: rows of an optimizer step. Smaller than given if x is small.
         lr: learning rate; default: the variant's recipe.
         precision: "32-true" or "bf16-mixed".
-        validation_share: share of x held out for the figures shown while training.
+        validation_share: share of x, if it is in memory, held out for the figures shown while training.
         seed: of weights and order.
         run: RUN folder to write; default: nothing is written.
         progress: show a progress bar; default: on a terminal.
@@ -60,16 +63,23 @@ def train(
 
     Raises:
         ConfigError, DatasetError, PluginError: see their messages.
+        KeyboardInterrupt: stopped; with `run`, its state is in RUN/checkpoints.
     """
+    if run is not None:
+        check_free(Path(run), resume=False, overwrite=False)
     cls = VARIANTS.load(variant) if isinstance(variant, str) else variant
     source: BlockSource
     if isinstance(x, (str, Path)):
-        source = ShardSource(str(x))
+        if not isinstance(target, str | None):
+            raise ConfigError("x is a dataset on disk, so target must be the name of one of its sites")
+        source = ShardSource(str(x), input=site, target=target)
     else:
+        if isinstance(target, str) or site is not None:
+            raise ConfigError("x is in memory, so target must be rows too, and site says nothing")
         source = TensorSource(x, target, validation_share=validation_share)
         # A small x still holds several batches per pass; 8 lanes divide every power of two from 8 on.
         while batch_size > 64 and batch_size * 4 > source.n_blocks("train") * source.block_rows("train"):
-            batch_size //= 2
+            batch_size = max(64, batch_size // 2 // 8 * 8)
     seed_everything(seed, verbose=False)
     data = ActivationData.of(source, batch_size=batch_size, tokens=tokens, seed=seed)
     try:
@@ -85,7 +95,10 @@ def train(
         "default_root_dir": None if run is None else str(run),
         **(trainer or {}),
     }
-    SAETrainer(**settings).fit(module, data)
+    host = SAETrainer(**settings)
+    host.fit(module, data)
+    if host.run_folder is not None and host.run_folder.stopped_by is not None:
+        raise KeyboardInterrupt  # what is there is not the SAE that was asked for
     sae = module.variant.fold()
     sae.meta = module.provenance()
     return sae

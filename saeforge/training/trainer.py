@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from saeforge.errors import CheckpointError, ConfigError
@@ -26,6 +26,8 @@ from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_che
 # torch 2.13 renames the option that keeps ranks from sending each other equal buffers in every forward.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+
+_STRATEGIES = (None, "auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
 
 #: Validations of a run whose rhythm (`val_check_interval`) was not given.
 VALIDATIONS_PER_RUN = 10
@@ -70,7 +72,13 @@ class SAETrainer(Trainer):
         kwargs["check_val_every_n_epoch"] = None
         self._default_rhythm = kwargs.get("val_check_interval") is None
         kwargs["val_check_interval"] = kwargs.get("val_check_interval") or 1 << 40
-        if kwargs.get("strategy") == "ddp":
+        strategy = kwargs.get("strategy")
+        if not (strategy in _STRATEGIES or isinstance(strategy, DDPStrategy | SingleDeviceStrategy)):
+            raise ConfigError(
+                f"trainer.strategy = {strategy}: expected auto or ddp (sharded parameters would break the norm "
+                "constraint of decoder rows)"
+            )
+        if strategy == "ddp":
             kwargs["strategy"] = DDPStrategy(gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = False if run is None else CSVLogger(run, name="csv")
