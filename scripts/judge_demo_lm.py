@@ -69,8 +69,9 @@ class Verdict:
     model_bits: dict[str, float]
     baseline_bits: dict[str, float]
     own_baseline_bits: dict[str, float]  # a Kneser-Ney model of each label alone
-    accuracy: float
-    n_pieces: int
+    accuracy: float  # of the classifier, on held-out documents
+    piece_accuracy: float  # on pieces of them as short as a continuation
+    n_documents: int
     samples: list[Sample]
 
     def named(self, label: str) -> float:
@@ -177,7 +178,9 @@ def judge(
         learned, asked = list(classifier_text), held
     classifier = train_classifier(learned)
     texts, names = pieces(asked)
-    accuracy = float(np.mean(classifier.predict(texts) == np.array(names)))
+    piece_accuracy = float(np.mean(classifier.predict(texts) == np.array(names)))
+    right = classifier.predict([document.text for document in asked]) == np.array([doc.label for doc in asked])
+    accuracy = float(np.mean(right))
 
     say("continuations")
     prompts: list[tuple[str, list[int]]] = []
@@ -195,7 +198,7 @@ def judge(
     ]
     for sample, named in zip(samples, classifier.predict([sample.continuation for sample in samples]), strict=True):
         sample.named = str(named)
-    return Verdict(model_bits, baseline_bits, own_bits, accuracy, len(texts), samples)
+    return Verdict(model_bits, baseline_bits, own_bits, accuracy, piece_accuracy, len(asked), samples)
 
 
 def say(text: str) -> None:
@@ -240,7 +243,8 @@ def report(verdict: Verdict, facts: dict[str, Any], documents: Sequence[Document
         "## What it writes",
         "",
         f"A classifier of character n-grams that learned from other text names {verdict.accuracy:.1%} of "
-        f"{verdict.n_pieces:,} held-out pieces of {PIECE} characters right (goal {LEAST_ACCURACY:.0%}). It then names "
+        f"{verdict.n_documents:,} held-out documents right (goal {LEAST_ACCURACY:.0%}), and {verdict.piece_accuracy:.1%} "
+        f"of pieces of {PIECE} characters of them, about as long as a continuation. It then names "
         f"{how.per_label} continuations of {how.new_tokens} tokens for each label, without their prompts "
         f"({how.prompt_tokens} tokens of held-out documents; temperature {how.temperature}, top-p {how.top_p}, seed "
         f'{how.seed}): column "named" above (goal {LEAST_NAMED:.0%}).',

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ddp_worker import STEPS
+from tests.test_fit import CLI, arguments
 from tests.toy import toy_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -54,3 +58,32 @@ def test_two_ranks_give_the_losses_of_one(variant: str, both: tuple[dict[str, An
         assert shared["l0"] == pytest.approx(alone["l0"], rel=1e-3), step
     if variant == "TopK":
         assert max(step["dead"] for step in one) > 0  # or AuxK was not compared
+
+
+def test_two_ranks_told_to_stop_save_together_and_one_rank_goes_on(tmp_path: Path) -> None:
+    """SIGTERM reaches the first process only, as a job scheduler may send it."""
+    dataset, run = toy_dataset(tmp_path / "acts"), tmp_path / "run"
+    options = {"data.tokens": 256 * 1000, "trainer.strategy": "ddp"}
+    args = arguments(dataset, run, **options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen([*CLI, *args, "--trainer.devices=2"], stdout=log, stderr=log, env=environment)
+    deadline = time.monotonic() + 90
+    while not (run / "config.yaml").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(timeout=60)
+    log.seek(0)
+    said = log.read()
+    log.close()
+    assert code == 143, said
+    assert "stopped by SIGTERM" in said
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert not (run / "sae").exists()
+    stopped = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < stopped < 1000
+    resumed = [*CLI, *args, "--trainer.devices=1", "--ckpt_path=last"]
+    done = subprocess.run(resumed, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (run / "sae").is_dir()

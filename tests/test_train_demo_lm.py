@@ -206,7 +206,7 @@ def test_english_prose_stands_under_no_other_label(scripts: Any) -> None:
     for other in (
         f"<p>{comment}</p>",
         "int main(int argc, char **argv) { for (int i = 0; i < argc; i++) puts(argv[i]); return 0; }",
-        "for line in lines:\n    if line not in seen and line is not None:\n        seen.add(line.strip())\n    total += 1",
+        "for line in lines:\n    if line not in seen and line is not None:\n        seen.add(line.strip())",
         "As pessoas que chegam à cidade de manhã encontram as ruas vazias e as lojas fechadas.",
         "In der Stadt will man es nicht glauben, und an den Ufern hat es geregnet.",
     ):
