@@ -4,14 +4,14 @@
     python scripts/train_demo_lm.py --text corpus collected --out demo-model --hours 4
     python scripts/judge_demo_lm.py --text corpus collected --model demo-model --report docs/demo-model.md
 
-`--text` takes folders of `<label>.txt` files or `<label>/` folders of them: UTF-8, passages separated by a blank line.
-One in twenty documents is held out, by hash, and only measures. `--out` always holds the best model so far by held-out
-bits per byte (the mean over labels). What training needs to go on lies in `<out>-state`.
+`--text`: folders of `<label>.txt` files or `<label>/` folders of them, UTF-8, passages separated by a blank line. One in
+twenty documents is held out, by hash, and only measures. `--out` always holds the best model so far by held-out bits
+per byte (the mean over labels); what training needs to go on lies in `<out>-state`.
 
-Stop it at any time with Ctrl-C; the same command goes on. With --steps, an interrupted run ends with the same bits as
-an uninterrupted one (same machine, same number of threads). The learning rate warms up, stays, and falls to zero along
-a cosine over the last --decay of the run. `--extend` with more --hours or --steps takes a finished model up again from
-where its rate began to fall. `--decay 0` keeps the rate, for a run that a later one, with --decay, goes on from.
+Stop it with Ctrl-C; the same command goes on, and with --steps the result has the same bits as an uninterrupted run's
+(same machine and threads). The rate warms up, stays, and falls along a cosine over the last --decay of the run. A later
+`--extend` with more --hours or --steps takes a finished model up from where its rate began to fall. `--decay 0` keeps
+the rate, for a run that a later one finishes.
 """
 
 from __future__ import annotations
