@@ -5,11 +5,11 @@
 Give the same `--text` as in training: the model's training.json tells whether it is. Three measures for each label:
 1. Bits per byte of the held-out documents, beside a 5-gram Kneser-Ney model of the same tokens and training text.
 2. A classifier of character n-grams, trained on one half of the held-out documents (or on --classifier-text) and
-   measured on the other half's documents, names the labels of 20 continuations of 50 tokens. Prompts are beginnings of held-out documents that the classifier did not
-   see; the classifier gets the continuation alone.
+   measured on the other half, names the labels of 20 continuations of 50 tokens. Prompts are beginnings of held-out
+   documents that the classifier did not see; it gets the continuation alone.
 3. A few of these continuations to read.
-Ends with code 1 if a goal is missed: bits at least 10% below Kneser-Ney's on every label, a classifier right on at least
-98% of held-out documents, at least 80% of each label's continuations named right.
+Ends with code 1 if a goal is missed: bits at least 10% below Kneser-Ney's on every label, a classifier that is right on
+at least 98% of held-out documents, at least 80% of each label's continuations named right.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def report(verdict: Verdict, facts: dict[str, Any], documents: Sequence[Document
         "",
         f"A classifier of character n-grams that learned from other text names {verdict.accuracy:.1%} of "
         f"{verdict.n_documents:,} held-out documents right (goal {LEAST_ACCURACY:.0%}), and "
-        f"{verdict.piece_accuracy:.1%} of pieces of {PIECE} characters of them, about as long as a continuation. It then names "
+        f"{verdict.piece_accuracy:.1%} of pieces of {PIECE} characters, about as long as a continuation. It then names "
         f"{how.per_label} continuations of {how.new_tokens} tokens for each label, without their prompts "
         f"({how.prompt_tokens} tokens of held-out documents; temperature {how.temperature}, top-p {how.top_p}, seed "
         f'{how.seed}): column "named" above (goal {LEAST_NAMED:.0%}).',

@@ -4,8 +4,8 @@
     python scripts/train_demo_lm.py --text corpus collected --out demo-model --hours 4
     python scripts/judge_demo_lm.py --text corpus collected --model demo-model --report docs/demo-model.md
 
-`--text`: folders of `<label>.txt` files or `<label>/` folders of them, UTF-8, passages separated by a blank line. One in
-twenty documents is held out, by hash, and only measures. `--out` always holds the best model so far by held-out bits
+`--text`: folders of `<label>.txt` files or `<label>/` folders of them, UTF-8, passages separated by a blank line. One
+in twenty documents is held out, by hash, and only measures. `--out` always holds the best model so far by held-out bits
 per byte (the mean over labels); what training needs to go on lies in `<out>-state`.
 
 Stop it with Ctrl-C; the same command goes on, and with --steps the result has the same bits as an uninterrupted run's
