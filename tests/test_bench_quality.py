@@ -144,7 +144,7 @@ def test_a_failing_peer_is_an_error(bench: Any, source: ShardSource, setting: An
 def test_a_benchmark_goes_on_where_it_was_and_refuses_other_settings(
     bench: Any, source: ShardSource, setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = replace(setting, steps=100, lr=0.03)  # long enough for a penalty to act
+    setting = replace(setting, steps=50, lr=0.05)  # long enough for a penalty to act
     out = tmp_path / "quality.json"
     header = {"setting": asdict(setting), "data": bench.identity(source), "random_data": bench.identity(source)}
     with monkeypatch.context() as patch:
