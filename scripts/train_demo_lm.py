@@ -109,10 +109,18 @@ class Trainer:
         for layer in self.model.model.layers:  # Llama's own dropout is of the attention's weights only
             for part in (layer.self_attn.o_proj, layer.mlp):
                 part.register_forward_hook(lambda part, _, out: F.dropout(out, recipe.dropout, part.training))
-        matrices = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
+        # Muon (Jordan et al. 2024; its update scaled as in arXiv:2502.16982, so that one rate suits both) for the layers'
+        # matrices, Adam for the rest.
+        matrices = [parameter for parameter in self.model.model.layers.parameters() if parameter.ndim > 1]
         scales = [parameter for parameter in self.model.parameters() if parameter.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+        groups = [
+            {"params": [self.model.get_input_embeddings().weight], "weight_decay": 0.1},
+            {"params": scales, "weight_decay": 0.0},
+        ]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True),
+            torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        ]
         if state is not None:
             self._restore(state)
 
@@ -122,16 +130,18 @@ class Trainer:
         sequences = max(1, recipe.batch_tokens // recipe.shape.context)
         batch = torch.from_numpy(self.sampler.batch(self.progress.step, sequences))
         torch.manual_seed(recipe.seed * 1_000_003 + self.progress.step)  # of dropout; so it is no state
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate(recipe, self.progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(recipe, self.progress)
         total = torch.zeros((), device=self.device)
         for part in batch.split(recipe.micro_batch):
             loss = token_losses(self.model, part.to(self.device), autocast=True).sum() / batch[:, 1:].numel()
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.tokens += batch[:, 1:].numel()
         value = total.item()
@@ -177,7 +187,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "used": self.sampler.used,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         save_atomically(state, self.state_folder / name)
 
@@ -195,7 +205,8 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.sampler.used = dict(state["used"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
 
     def _tokenizer(self, documents: list[Document], begun: bool) -> Tokenizer:
         path = self.state_folder / "tokenizer.json"
