@@ -373,9 +373,9 @@ def test_non_finite_activations_name_site_document_and_position(home: Path, tmp_
     with torch.no_grad():
         model.get_submodule("embed_tokens").weight[token] = float("inf")
     model.eval()
-    from saeforge.lm.load import _quiet
+    from saeforge.lm.load import quiet
 
-    with _quiet():
+    with quiet():
         model.save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
     message = r"layers\.1:out: NaN or infinite activation in document \d+ at token \d+ .*try --model_dtype float32"

@@ -124,7 +124,7 @@ def test_the_same_site_twice_and_modules_that_cannot_be_harvested_are_refused(gp
     with pytest.raises(ConfigError, match=r"'h\.1' is named twice"):
         load_model(str(gpt2), ["resid_post.1", "h.1"])
     loaded = load_model(str(gpt2), ["wte:in"])
-    with Capture(loaded.model, loaded.sites) as capture, pytest.raises(ConfigError, match="did not run"):
+    with Capture(loaded.model, loaded.sites) as capture, pytest.raises(ConfigError, match="gets no activations"):
         capture(TokenBatch(torch.zeros(1, 4, dtype=torch.int64)))
     loaded = load_model(str(gpt2), ["wpe"])  # one row per position, not per token
     with Capture(loaded.model, loaded.sites) as capture, pytest.raises(ConfigError, match="not one row per token"):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from saeforge.lm.load import _quiet
+from saeforge.lm.load import quiet
 
 WORDS = "the cat sat on a red mat and then it ran over seven green hills to see why rain fell in spain".split()
 D = 32
@@ -116,7 +116,7 @@ def save_model(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32) -
                 initializer_range=0.2,
             )
         )
-    with _quiet():  # transformers draws a bar
+    with quiet():  # transformers draws a bar
         model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

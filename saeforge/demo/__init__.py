@@ -1,4 +1,4 @@
-"""What ships with the package so that a first run needs no download: labelled passages, later a small model.
+"""What ships with the package so that a first run needs no download: a small language model, labelled passages.
 
 The passages were written for this project: one JSON-lines file per label (a language, a kind of code, or an
 English theme), half of each for training and half held out. See `passages_path`.
@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["passages_path"]
+__all__ = ["model_path", "passages_path"]
 
 _HERE = Path(__file__).resolve().parent
+
+
+def model_path() -> Path:
+    """The folder of the demo language model, in HuggingFace format: weights, configuration and tokenizer."""
+    return _HERE / "model"
 
 
 def passages_path() -> Path:

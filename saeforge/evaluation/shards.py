@@ -15,6 +15,7 @@ from saeforge import __version__
 from saeforge.data.loader import ValidationLoader
 from saeforge.data.source import ShardSource
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
+from saeforge.lm.device import resolve_device
 from saeforge.metrics import Reconstruction, ReconstructionMetrics
 from saeforge.sae import SAE, load
 
@@ -109,12 +110,8 @@ def evaluate(
         )
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise ConfigError(f"batch_size = {batch_size}, max_tokens = {max_tokens}: expected positive numbers")
-    try:
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        sae = sae.to(place)
-    except (RuntimeError, AssertionError) as error:  # torch's own: a word that is no device, or one that is not there
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {device!r} cannot be used ({reason}); try auto or cpu") from error
+    place = resolve_device(device)
+    sae = sae.to(place)
     mean = torch.tensor(source.statistics[1].mean)
     metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, device=place)
     loader = ValidationLoader(source, batch_size, max_rows=max_tokens, split=split)

@@ -15,12 +15,11 @@ import numpy as np
 from saeforge.data.manifest import SPLITS, write_json
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.harvest.config import HarvestConfig
-from saeforge.harvest.text import Document, TextSource, open_text
 from saeforge.lm.isolation import Isolation
 from saeforge.lm.pack import Contexts, hash_file, write_contexts
+from saeforge.lm.read import TOKENIZE_AT_ONCE
+from saeforge.lm.text import Document, TextSource, open_text
 from saeforge.lm.tokens import Cutter, Segment, Specials
-
-TOKENIZE_AT_ONCE = 64  # documents per call: the fast tokenizers work on them in parallel
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,14 @@ def _collect(
     documents: list[dict[str, Any]] = []
     seen: set[bytes] = set()
     left = config.n_tokens
-    counts = {"documents_in_text": len(source), "duplicates": 0, "empty": 0, "text_tokens": 0, "kept_tokens": 0}
+    counts = {
+        "documents_in_text": len(source),
+        "duplicates": 0,
+        "empty": 0,
+        "test": 0,
+        "text_tokens": 0,
+        "kept_tokens": 0,
+    }
     for start in range(0, len(order), TOKENIZE_AT_ONCE):
         fresh: list[tuple[Document, bytes]] = []
         for index in order[start : start + TOKENIZE_AT_ONCE]:
@@ -135,6 +141,8 @@ def _collect(
             digest = hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest()
             if not document.text.strip():
                 counts["empty"] += 1
+            elif document.split == "test":  # kept for judging: no SAE may have been trained on it
+                counts["test"] += 1
             elif digest in seen:  # or the same text could stand on both sides of the split
                 counts["duplicates"] += 1
             else:

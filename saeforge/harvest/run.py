@@ -27,6 +27,7 @@ from saeforge.harvest.prepare import Prepared, open_prepared, prepare
 from saeforge.harvest.progress import HarvestProgress
 from saeforge.harvest.report import summary
 from saeforge.lm.capture import Capture
+from saeforge.lm.device import resolve_device
 from saeforge.lm.isolation import probe_isolation
 from saeforge.lm.load import LoadedModel, load_model, load_tokenizer, tokenizer_card, versions
 from saeforge.lm.pack import Contexts
@@ -55,21 +56,6 @@ def run_harvest(config: HarvestConfig) -> Manifest:
         raise
     print(summary(manifest, folder.root))
     return manifest
-
-
-def resolve_device(device: str) -> str:
-    """Return a device that exists.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _finished(folder: DatasetFolder) -> Manifest | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from saeforge.errors import ConfigError
+from saeforge.lm.hooks import See, attach
 from saeforge.lm.sites import Site
 
 
@@ -45,11 +46,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         for site in self.sites:
-            module = self.model.get_submodule(site.module_path)
-            if site.where == "in":
-                self._handles.append(module.register_forward_pre_hook(self._reader(site), with_kwargs=True))
-            else:
-                self._handles.append(module.register_forward_hook(self._reader(site), with_kwargs=True))
+            self._handles.append(attach(self.model, site, self._reader(site)))
         return self
 
     def __exit__(
@@ -89,30 +86,12 @@ class Capture:
             result[site.id] = x.reshape(*shape, -1)
         return result
 
-    def _reader(self, site: Site) -> Any:
-        """Return a hook that keeps the site's tensor: output, or first tensor among the inputs."""
+    def _reader(self, site: Site) -> See:
+        """Return what keeps the site's tensor; a module that runs twice in one pass is ambiguous."""
 
-        def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Attention gets hidden_states by keyword in transformers 5, layers get it by position.
-            preferred = [kwargs["hidden_states"]] if "hidden_states" in kwargs else []
-            self._keep(site, [*preferred, *args, *kwargs.values()])
+        def keep(x: torch.Tensor) -> None:
+            if site.id in self._found:
+                raise ConfigError(f"site {site.id}: the module runs more than once in a forward pass; choose another")
+            self._found[site.id] = x.clone()  # later modules may add to it in place
 
-        def read_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            # Layers return a tensor (transformers 5) or a tuple (4); attention a tuple; a whole model an output object.
-            if isinstance(output, dict):
-                self._keep(site, list(output.values()))
-            else:
-                self._keep(site, list(output) if isinstance(output, tuple | list) else [output])
-
-        return read_input if site.where == "in" else read_output
-
-    def _keep(self, site: Site, values: list[Any]) -> None:
-        """Keep the first floating tensor; a module that runs twice in one pass is ambiguous."""
-        for value in values:
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                if site.id in self._found:
-                    raise ConfigError(
-                        f"site {site.id}: the module runs more than once in a forward pass; choose another"
-                    )
-                self._found[site.id] = value.clone()  # later modules may add to it in place
-                return
+        return keep

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from saeforge.demo import model_path
 from saeforge.errors import ConfigError
 from saeforge.lm.sites import Site, find_layers, last_layer_needed, resolve_sites
 
@@ -42,11 +43,14 @@ class LoadedModel:
 def resolve_model(name: str) -> str:
     """Return the folder or hub name behind a model name.
 
+    `demo` is the small model that ships with saeforge.
     `package:NAME` is the folder inside the installed Python package NAME that holds a `config.json`.
 
     Raises:
         ConfigError: no such folder or package, or the folder is not a HuggingFace model.
     """
+    if name == "demo":
+        return str(model_path())
     if name.startswith("package:"):
         package = name.removeprefix("package:")
         try:
@@ -80,7 +84,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
         ConfigError: there is none.
     """
     folder = resolve_model(name)
-    with _quiet():
+    with quiet():
         try:
             return AutoTokenizer.from_pretrained(folder, revision=revision)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -105,7 +109,7 @@ def load_model(
         ConfigError: no such model or site, an encoder-decoder, or weights that the sites need are missing.
     """
     folder = resolve_model(name)
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, revision=revision)
         except (OSError, ValueError, KeyError) as error:
@@ -152,7 +156,13 @@ def load_model(
     if missing:
         raise ConfigError(f"model {name!r}: its checkpoint lacks weights that the sites need, for example {missing[0]}")
     model.eval().requires_grad_(False).to(device)
-    card = {
+    card = {**find_card(name, folder, model, config, revision), "layers": total, "layers_loaded": loaded}
+    return LoadedModel(model, resolved, getattr(text_config, "max_position_embeddings", None), card)
+
+
+def find_card(name: str, folder: str, model: Any, config: Any, revision: str | None) -> dict[str, Any]:
+    """Return what identifies a loaded model."""
+    return {
         "name": name,
         "revision": getattr(config, "_commit_hash", None) or revision,
         "files_sha256": _hash_weights(Path(folder)) if Path(folder).is_dir() else None,
@@ -160,10 +170,7 @@ def load_model(
         "model_type": config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": getattr(config, "_attn_implementation", None),
-        "layers": total,
-        "layers_loaded": loaded,
     }
-    return LoadedModel(model, resolved, getattr(text_config, "max_position_embeddings", None), card)
 
 
 def tokenizer_card(tokenizer: Any) -> dict[str, Any]:
@@ -216,7 +223,7 @@ def _hash_weights(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' load reports and bars: a truncated load leaves weights unused on purpose."""
     from transformers.utils import logging
 

@@ -18,11 +18,16 @@ _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test
 
 @dataclass(frozen=True)
 class Document:
-    """One text, with a name that stays the same from run to run and perhaps a label."""
+    """One text, with a name that stays the same from run to run, and perhaps a label and a split.
+
+    Attributes:
+        split: "train" or "test" where the source says so. Documents with split "test" are never harvested.
+    """
 
     name: str
     text: str
     label: str | None
+    split: str | None = None
 
 
 class TextSource(Protocol):
@@ -111,7 +116,7 @@ class StandardLibrary:
 
 
 class JsonLines:
-    """One JSON object per line with a string `text`, and if wanted `label` and `name`; read by offset."""
+    """One JSON object per line with a string `text`, and if wanted `label`, `name` and `split`; read by offset."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,5 +144,8 @@ class JsonLines:
             raise ConfigError(f"text {self.path}, line {number}: not JSON ({error})") from error
         if not isinstance(data, dict) or not isinstance(data.get("text"), str):
             raise ConfigError(f"text {self.path}, line {number}: expected an object with a string field `text`")
-        label = data.get("label")
-        return Document(str(data.get("name", f"line {number}")), data["text"], None if label is None else str(label))
+        label, split = data.get("label"), data.get("split")
+        if split not in (None, "train", "test"):
+            raise ConfigError(f"text {self.path}, line {number}: split {split!r}, expected train or test")
+        name = str(data.get("name", f"line {number}"))
+        return Document(name, data["text"], None if label is None else str(label), split)
