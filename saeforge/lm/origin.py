@@ -1,0 +1,82 @@
+"""Which model and site an SAE belongs to, from what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from saeforge.errors import ConfigError
+from saeforge.lm.causal import CausalLM, load_causal_lm
+from saeforge.lm.load import LoadedModel, load_model
+from saeforge.lm.sites import Site
+from saeforge.sae import SAE
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an SAE's activations come from.
+
+    Attributes:
+        model: folder, hub name, `package:NAME` or `demo`.
+        revision: hub revision, or None.
+        site: the site that the SAE reads.
+        target: the site that it writes, which is `site` but for a transcoder.
+        files_sha256: of the model's files when the activations were harvested; None for a hub model.
+    """
+
+    model: str
+    revision: str | None
+    site: Site
+    target: Site
+    files_sha256: str | None
+
+    def load_base(self, *, device: str = "cpu", dtype: str = "auto") -> LoadedModel:
+        """Load the model without its head, as deep as the site.
+
+        Raises:
+            ConfigError: it cannot be loaded, or its weights are not those that the SAE was trained on.
+        """
+        loaded = load_model(self.model, [self.site.id], revision=self.revision, device=device, dtype=dtype)
+        self._check(loaded.card)
+        return loaded
+
+    def load_causal(self, *, device: str = "cpu", dtype: str = "auto") -> CausalLM:
+        """Load the model with its head and tokenizer.
+
+        Raises:
+            ConfigError: as `load_base`, or it is no causal language model.
+        """
+        loaded = load_causal_lm(self.model, revision=self.revision, device=device, dtype=dtype)
+        self._check(loaded.card)
+        return loaded
+
+    def _check(self, card: dict[str, Any]) -> None:
+        if self.files_sha256 is not None and card["files_sha256"] not in (None, self.files_sha256):
+            raise ConfigError(
+                f"model {self.model!r} has changed since this SAE's activations were harvested; restore it, or harvest "
+                "and train again"
+            )
+
+
+def origin_of(sae: SAE, *, model: str | None = None) -> Origin:
+    """Return the model and site that an SAE says it was trained on.
+
+    Args:
+        sae: with the provenance that `saeforge fit` leaves.
+        model: where the model is now, if it moved.
+
+    Raises:
+        ConfigError: the SAE does not say so: it was trained on activations of unknown origin.
+    """
+    card, record = sae.meta.get("model") or {}, sae.meta.get("site") or {}
+    name = model or card.get("name")
+    if not name or not card.get("name"):
+        raise ConfigError(
+            "this SAE does not say which model its activations came from (it was trained on a tensor); train it on a "
+            "dataset made by `saeforge harvest`"
+        )
+    site = Site(record["module_path"], record["where"])
+    target = sae.meta.get("target") or record
+    return Origin(
+        name, card.get("revision"), site, Site(target["module_path"], target["where"]), card.get("files_sha256")
+    )
