@@ -26,30 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 from demo_lm_kneser_ney import KneserNey
-from demo_lm_model import BOS, EOS, PAD, bits_per_byte, document_bits, encode
+from demo_lm_model import BOS, bits_per_byte, document_bits, encode
+from demo_lm_sampling import PIECE, Sampling, continuations, pieces, train_classifier
 from demo_lm_text import Document, fingerprint, labels, read_documents
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from saeforge.errors import ConfigError, SaeforgeError
 
 LEAST_GAIN, LEAST_ACCURACY, LEAST_NAMED = 0.10, 0.98, 0.80
-PIECE = 150  # characters, about as long as 50 tokens
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How continuations are drawn."""
-
-    per_label: int = 20
-    prompt_tokens: int = 16
-    new_tokens: int = 50
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int = 0
+PER_LABEL = 20  # continuations
 
 
 @dataclass
@@ -97,52 +83,13 @@ class Verdict:
         return found
 
 
-@torch.no_grad()
-def continuations(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], how: Sampling) -> list[list[int]]:
-    """Samples `how.new_tokens` tokens after each prompt (BOS, then equally many ids), never a special one.
-
-    Written out rather than `generate`, so that a seed gives the same text under every version of transformers.
-    """
-    tokens, past = torch.tensor([[BOS, *prompt] for prompt in prompts]), None
-    drawn_tokens: list[torch.Tensor] = []
-    rng = np.random.default_rng(how.seed)
-    for _ in range(how.new_tokens):
-        output = model(input_ids=tokens, past_key_values=past, use_cache=True)
-        past, logits = output.past_key_values, output.logits[:, -1].double() / how.temperature
-        logits[:, [PAD, BOS, EOS]] = -torch.inf
-        p, ids = logits.softmax(-1).sort(descending=True, stable=True)
-        p[p.cumsum(-1) - p >= how.top_p] = 0  # keeps the token that crosses the limit
-        reach = p.cumsum(-1)
-        drawn = torch.from_numpy(rng.random(len(prompts)))[:, None] * reach[:, -1:]
-        tokens = ids.gather(1, (reach <= drawn).sum(-1, keepdim=True))
-        drawn_tokens.append(tokens)
-    return torch.cat(drawn_tokens, dim=1).tolist()
-
-
-def train_classifier(documents: Sequence[Document]) -> Pipeline:
-    """Names a label from character 1- to 4-grams, trained on pieces as long as a continuation."""
-    texts, names = pieces(documents)
-    features = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), sublinear_tf=True, lowercase=False, min_df=2)
-    model = make_pipeline(features, LogisticRegression(C=30, max_iter=500, class_weight="balanced"))
-    return model.fit(texts, names)
-
-
-def pieces(documents: Sequence[Document]) -> tuple[list[str], list[str]]:
-    """Texts of PIECE characters, and their labels."""
-    cut = [
-        (document.text[start : start + PIECE], document.label)
-        for document in documents
-        for start in range(0, max(1, len(document.text) - PIECE // 2), PIECE)
-    ]
-    return [text for text, _ in cut], [label for _, label in cut]
-
-
 def judge(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
     documents: Sequence[Document],
     classifier_text: Sequence[Document] | None,
     how: Sampling,
+    per_label: int = PER_LABEL,
 ) -> Verdict:
     """Measures a model on the held-out ones of `documents`.
 
@@ -152,6 +99,7 @@ def judge(
         documents: The text that it was trained on and its held-out documents.
         classifier_text: What the classifier learns from; every second held-out document if None.
         how: How continuations are drawn.
+        per_label: How many of each label.
     """
     held = [document for document in documents if document.held_out]
     trained = [document for document in documents if not document.held_out]
@@ -190,7 +138,7 @@ def judge(
         own = [ids[: how.prompt_tokens] for ids in own if len(ids) >= how.prompt_tokens]
         if not own:
             raise ConfigError(f"label '{label}' has no held-out document of {how.prompt_tokens} tokens: add text")
-        prompts += [(label, own[i % len(own)]) for i in range(how.per_label)]
+        prompts += [(label, own[i % len(own)]) for i in range(per_label)]
     drawn = continuations(model, [ids for _, ids in prompts], how)
     samples = [
         Sample(label, tokenizer.decode(ids), tokenizer.decode(new))
@@ -208,6 +156,7 @@ def say(text: str) -> None:
 
 def report(verdict: Verdict, facts: dict[str, Any], documents: Sequence[Document], how: Sampling) -> str:
     """The report in Markdown."""
+    per_label = len(verdict.samples) // len(verdict.model_bits)
     shape = facts["recipe"]["shape"]
     held = {label: [d for d in documents if d.held_out and d.label == label] for label in labels(documents)}
     misses = verdict.misses()
@@ -245,7 +194,7 @@ def report(verdict: Verdict, facts: dict[str, Any], documents: Sequence[Document
         f"A classifier of character n-grams that learned from other text names {verdict.accuracy:.1%} of "
         f"{verdict.n_documents:,} held-out documents right (goal {LEAST_ACCURACY:.0%}), and "
         f"{verdict.piece_accuracy:.1%} of pieces of {PIECE} characters, about as long as a continuation. It then names "
-        f"{how.per_label} continuations of {how.new_tokens} tokens for each label, without their prompts "
+        f"{per_label} continuations of {how.new_tokens} tokens for each label, without their prompts "
         f"({how.prompt_tokens} tokens of held-out documents; temperature {how.temperature}, top-p {how.top_p}, seed "
         f'{how.seed}): column "named" above (goal {LEAST_NAMED:.0%}).',
         "",
@@ -267,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="folder that train_demo_lm.py wrote")
     parser.add_argument("--classifier-text", type=Path, nargs="+", metavar="FOLDER", help="same form as --text")
     parser.add_argument("--report", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--per-label", type=int, default=PER_LABEL, help="continuations of each label")
     for name, value in asdict(Sampling()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = parser.parse_args(argv)
@@ -282,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(given.model).backend_tokenizer
         how = Sampling(**{name: getattr(given, name) for name in asdict(Sampling())})
-        verdict = judge(model, tokenizer, documents, other, how)
+        verdict = judge(model, tokenizer, documents, other, how, given.per_label)
     except SaeforgeError as error:
         print(f"judge_demo_lm.py: error: {error}", file=sys.stderr)
         return 2
