@@ -13,7 +13,7 @@ import saeforge
 from saeforge.cli.main import main
 from saeforge.data.shards import ActivationDataset
 from saeforge.data.writer import write_dataset
-from saeforge.evaluation.shards import CONVENTIONS
+from saeforge.evaluation.reconstruction import CONVENTIONS
 from tests.toy import toy_dataset
 
 

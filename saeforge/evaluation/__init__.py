@@ -1,5 +1,6 @@
 """Judging a trained SAE."""
 
-from saeforge.evaluation.shards import Evaluation, evaluate
+from saeforge.evaluation.effect import Effect, EffectMetrics
+from saeforge.evaluation.judge import Evaluation, evaluate
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Effect", "EffectMetrics", "Evaluation", "evaluate"]

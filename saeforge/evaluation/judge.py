@@ -1,0 +1,198 @@
+"""`evaluate`: one judgement of an SAE, from its stored activations and, where there is one, with its language model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saeforge import __version__
+from saeforge.data.source import ShardSource
+from saeforge.errors import ConfigError, DatasetError, SaeforgeError
+from saeforge.evaluation.effect import Effect, measure_effect
+from saeforge.evaluation.held_out import HeldOutTexts
+from saeforge.evaluation.passes import SplicedModel, sees_the_future
+from saeforge.evaluation.reconstruction import CONVENTIONS, measure_reconstruction
+from saeforge.lm.device import resolve_device
+from saeforge.lm.load import MODEL_DTYPES
+from saeforge.lm.origin import origin_of
+from saeforge.metrics import Reconstruction
+from saeforge.sae import SAE, load
+
+EFFECT_TOKENS = 50_000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Attributes:
+        metrics: reconstruction and sparsity, from stored activations.
+        effect: on the model's predictions, or None.
+        effect_reason: why there is none, or None.
+        d_sae: latents of the SAE.
+        about: SAE, dataset, site, split and versions, as plain JSON values.
+        path: where the JSON was written, or None.
+    """
+
+    metrics: Reconstruction
+    effect: Effect | None
+    effect_reason: str | None
+    d_sae: int
+    about: dict[str, Any]
+    path: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values: metrics, conventions, what was evaluated."""
+        effect: dict[str, Any] = {"effect": None if self.effect is None else self.effect.to_json()}
+        if self.effect_reason is not None:
+            effect["effect_reason"] = self.effect_reason
+        return {"metrics": asdict(self.metrics), "conventions": CONVENTIONS, **effect, **self.about}
+
+
+def evaluate(
+    run: str | Path | SAE,
+    *,
+    data: str | Path | None = None,
+    split: str = "validation",
+    max_tokens: int | None = None,
+    batch_size: int = 4096,
+    effect: str | bool = "auto",
+    effect_tokens: int = EFFECT_TOKENS,
+    batch_contexts: int | None = None,
+    model: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Judges an SAE on documents that it was not trained on.
+
+    Args:
+        run: RUN folder, `sae/` folder, or an SAE. With a RUN folder the result is written to RUN/evaluation.json.
+        data: dataset; default: the one it was trained on.
+        split: "validation" or "train".
+        max_tokens: read at most so many stored activations (whole blocks, at least one); default: all.
+        batch_size: rows at a time; the result does not depend on it.
+        effect: also judge by the model's predictions: True; False; or "auto": if model and texts are there, else
+            `effect_reason` says what is missing.
+        effect_tokens: predictions to score (whole contexts, at least one).
+        batch_contexts: contexts at a time; default: as many as fit. The result does not depend on it but for rounding.
+        model: where the model is now, if it moved.
+        seed: of the bootstrap.
+        device: "auto", "cpu", "cuda", ...
+        on_progress: called with (what, done, in all).
+
+    Raises:
+        SaeforgeError: no SAE, no dataset, activations of another width, a device that is not there; with `effect` True:
+            no causal language model or no texts.
+    """
+    effect = {"true": True, "false": False}.get(effect, effect) if isinstance(effect, str) else effect
+    if effect not in (True, False, "auto"):
+        raise ConfigError(f"effect {effect!r}: expected auto, true or false")
+    numbers = {"batch_size": batch_size, "max_tokens": max_tokens}
+    numbers |= {"effect_tokens": effect_tokens, "batch_contexts": batch_contexts}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} = {number}: expected a positive number")
+    place = resolve_device(device)
+    sae = (run if isinstance(run, SAE) else load(run)).to(place)
+    root, source = _open_dataset(sae, data, split)
+
+    def progress(what: str) -> Callable[[int, int], None] | None:
+        return None if on_progress is None else lambda done, total: on_progress(what, done, total)
+
+    metrics = measure_reconstruction(
+        sae, source, split, max_tokens=max_tokens, batch_size=batch_size, on_progress=progress("activations")
+    )
+    found: Effect | None = None
+    reason: str | None = "not asked for (effect: false)"
+    if effect is not False:
+        try:
+            spliced, texts = _open_effect(sae, root, source, split, budget=effect_tokens, model=model, device=place)
+        except (ConfigError, DatasetError) as error:
+            if effect is True:
+                raise
+            reason = str(error)
+        else:
+            mean, reason = torch.tensor(source.statistics[1].mean), None
+            found = measure_effect(
+                spliced, sae, mean, texts, contexts_at_once=batch_contexts, seed=seed, on_progress=progress("model")
+            )
+            found.settings.update(model=sae.meta["model"]["name"], effect_tokens=effect_tokens, device=place)
+    about = {
+        "sae": {"d_in": sae.d_in, "d_sae": sae.d_sae, "rule": sae.rule, "variant": sae.meta.get("variant")},
+        "site": (sae.meta.get("site") or {}).get("id"),
+        "dataset": source.fingerprint,
+        "trained_on_this_dataset": source.fingerprint == sae.meta.get("dataset"),
+        "split": split,
+        "saeforge": __version__,
+    }
+    path = None if isinstance(run, SAE) or not (Path(run) / "sae").is_dir() else Path(run) / "evaluation.json"
+    result = Evaluation(metrics, found, reason, sae.d_sae, about, path)
+    if path is not None:
+        _write(path, result.to_json())
+    return result
+
+
+def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[Path, ShardSource]:
+    """Open the dataset to judge on, and see that it fits the SAE."""
+    path = data or sae.meta.get("dataset_path")
+    if path is None:
+        raise ConfigError("this SAE does not say which dataset it was trained on; give one with --data")
+    site, target = sae.meta.get("site") or {}, sae.meta.get("target") or {}
+    source = ShardSource(str(path), input=site.get("id"), target=target.get("id"))
+    if (source.d_in, source.d_out) != (sae.d_in, sae.d_out):
+        raise DatasetError(
+            f"{path} holds activations {source.d_in} wide, this SAE reads {sae.d_in}; give its own dataset with --data"
+        )
+    if split not in ("train", "validation"):
+        raise ConfigError(f"split {split!r}: expected 'validation' or 'train'")
+    if source.n_blocks(split) == 0:
+        raise DatasetError(
+            f"{path} has no {split} split; harvest with a validation_share above 0, or use --split train"
+        )
+    return Path(path), source
+
+
+def _open_effect(
+    sae: SAE, root: Path, source: ShardSource, split: str, *, budget: int, model: str | None, device: str
+) -> tuple[SplicedModel, HeldOutTexts]:
+    """Load the SAE's causal language model, and open the texts behind the activations.
+
+    Raises:
+        ConfigError: no such model, or it is no causal language model.
+        DatasetError: no texts, or texts in another model's tokens.
+    """
+    origin = origin_of(sae, model=model)
+    manifest = source.input.manifest
+    texts = HeldOutTexts(root, manifest, split, budget=budget)
+    card = sae.meta["model"]
+    same = [key for key in ("files_sha256", "name") if manifest.model.get(key) == card.get(key) is not None]
+    if not same:
+        raise DatasetError(
+            f"{root} was harvested from model {manifest.model.get('name')!r}, this SAE is of {card['name']!r}; "
+            "give a dataset of its own model with --data"
+        )
+    # The dtype that the activations were made in; a checkpoint's own half precision is found by "auto".
+    dtype = card.get("dtype") if card.get("dtype") in MODEL_DTYPES else "auto"
+    loaded = origin.load_causal(device=device, dtype=dtype)
+    spliced = SplicedModel(loaded.model, origin.site, origin.target)
+    if sees_the_future(spliced, next(texts.batches(1))):
+        raise ConfigError(f"model {origin.model!r} is no causal language model: its predictions see the next token")
+    return spliced, texts
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise SaeforgeError(f"could not write {path}: {error}; free space and evaluate again") from error
+    finally:
+        part.unlink(missing_ok=True)
