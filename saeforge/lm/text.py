@@ -1,19 +1,33 @@
-"""Where text comes from: a folder of files, a .jsonl file, or the running Python's own standard library."""
+"""Where text comes from: files, the running Python's standard library, or the demo text that ships with saeforge."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
+import re
 import sysconfig
 import tokenize
+import zlib
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from saeforge.demo import passages_path, text_path
 from saeforge.errors import ConfigError
 
 # Not written to be read: tests with broken encodings and syntax, vendored wheels, generated tables.
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_vendor", "_bundled"}
+
+# Of the demo text's documents from the standard library; the samples of a label are about 100,000 characters.
+_DEMO_LIBRARY_SIZE = 200_000
+_DEMO_LIBRARY_PIECE = 1000
+_DEMO_LIBRARY_SKIPPED = {"encodings", "pydoc_data", "lib2to3", "idlelib"}  # tables, and programs of their own
+
+#: A document that shares this many words, or tokens of the demo model, in a row with another one holds a part of it.
+COPIED_RUN = 13
 
 
 @dataclass(frozen=True)
@@ -44,21 +58,23 @@ def open_text(text: str) -> TextSource:
     """Open a source of text.
 
     Args:
-        text: "stdlib", a folder of text files, or a `.jsonl` file.
+        text: "demo", "stdlib", a folder of text files, or a `.jsonl` file.
 
     Raises:
         ConfigError: there is no such source, or it holds no documents.
     """
     if text == "stdlib":
         return StandardLibrary()
+    if text == "demo":
+        return DemoText()
     path = Path(text).expanduser()
     if path.is_dir():
         return TextFolder(path)
     if path.suffix == ".jsonl" and path.is_file():
         return JsonLines(path)
     if path.exists():
-        raise ConfigError(f"text {text!r} is neither a folder nor a .jsonl file; give one of them, or stdlib")
-    raise ConfigError(f"text {text!r} does not exist; give a folder of text files, a .jsonl file, or stdlib")
+        raise ConfigError(f"text {text!r} is neither a folder nor a .jsonl file; give one of them, demo, or stdlib")
+    raise ConfigError(f"text {text!r} does not exist; give a folder of text files, a .jsonl file, demo, or stdlib")
 
 
 class TextFolder:
@@ -149,3 +165,102 @@ class JsonLines:
             raise ConfigError(f"text {self.path}, line {number}: split {split!r}, expected train or test")
         name = str(data.get("name", f"line {number}"))
         return Document(name, data["text"], None if label is None else str(label), split)
+
+
+class DemoText:
+    """Languages and code in equal parts, from what is there without a download.
+
+    The train passages of `saeforge.demo`, documents of every language and kind of code that its language model wrote,
+    and pieces of the standard library, label "python", about twice as much of them as of one label's samples. All are
+    short, so that any number of them, taken at random, has something of every label. A piece of the library that
+    shares `COPIED_RUN` words or tokens in a row with a test passage is left out; the samples were chosen so.
+
+    Raises:
+        ConfigError: the samples or the demo model's tokenizer are missing, or the samples are damaged.
+    """
+
+    def __init__(self) -> None:
+        passages = read_passages()
+        self.documents = [passage for passage in passages if passage.split == "train"]
+        self.documents += read_samples()
+        self.documents += _library_pieces([passage.text for passage in passages if passage.split == "test"])
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> Document:
+        return self.documents[index]
+
+
+def read_passages() -> list[Document]:
+    """The labelled passages that ship with saeforge, both splits; see `saeforge.demo.passages_path`."""
+    found = []
+    for path in sorted(passages_path().glob("*.jsonl")):
+        lines = JsonLines(path)
+        for number in range(len(lines)):
+            passage = lines[number]
+            found.append(Document(f"passage/{path.stem}/{number + 1}", passage.text, passage.label, passage.split))
+    return found
+
+
+def read_samples() -> list[Document]:
+    """The documents that the demo model wrote, by label; see `saeforge.demo.text_path`.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    path = text_path()
+    if not path.is_file():
+        raise ConfigError(f"text demo: {path} is missing; reinstall saeforge, or run scripts/sample_demo_text.py")
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+        return [Document(data["name"], data["text"], data["label"]) for data in map(json.loads, lines)]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise ConfigError(f"text demo: {path} is damaged ({error}); reinstall saeforge") from error
+
+
+def words(text: str) -> list[str]:
+    """Words as a reader tells them apart: without case, punctuation and layout, numbers included."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def runs(units: Sequence[Hashable], length: int = COPIED_RUN) -> set[tuple[Hashable, ...]]:
+    """All runs of `length` neighbouring words, or tokens."""
+    return {tuple(units[start : start + length]) for start in range(len(units) - length + 1)}
+
+
+def _library_pieces(test_passages: Sequence[str]) -> list[Document]:
+    """One piece of each of some modules, modules and pieces chosen by the hash of the module's name."""
+    from saeforge.lm.load import load_tokenizer  # torch and transformers load here
+
+    tokenizer = load_tokenizer("demo")
+
+    def runs_of(texts: Sequence[str]) -> list[set[tuple[Hashable, ...]]]:
+        ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [runs(words(text)) | runs(tokens) for text, tokens in zip(texts, ids, strict=True)]
+
+    library = StandardLibrary()
+    modules = sorted(
+        (hashlib.sha256(name.encode()).digest(), index, name)
+        for index, name in enumerate(path.relative_to(library.root).as_posix() for path in library.files)
+        if name.split("/")[0] not in _DEMO_LIBRARY_SKIPPED
+    )
+    forbidden = set().union(*runs_of(test_passages))
+    pieces: list[Document] = []
+    size = 0
+    for digest, index, name in modules:
+        if size >= _DEMO_LIBRARY_SIZE:
+            break
+        piece = _piece_of(library[index].text, int.from_bytes(digest[:8], "big") / 2**64)
+        if piece.strip() and forbidden.isdisjoint(runs_of([piece])[0]):
+            pieces.append(Document(f"stdlib/{name}", piece, "python"))
+            size += len(piece)
+    return pieces
+
+
+def _piece_of(text: str, place: float) -> str:
+    """Whole lines, about as many characters as a piece has, from `place` (0 to 1) on."""
+    start = int(place * max(0, len(text) - _DEMO_LIBRARY_PIECE))
+    start = text.rfind("\n", 0, start) + 1
+    end = start + _DEMO_LIBRARY_PIECE
+    return text[start : end if end >= len(text) else text.rfind("\n", start, end) + 1 or end]
