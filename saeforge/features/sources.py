@@ -1,0 +1,340 @@
+"""Where features are read from: rows of activations with the token that each belongs to, and the tokens around them.
+
+Two sources with one interface: a dataset's shards, without the language model, and any text, with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saeforge.data.manifest import SPLITS
+from saeforge.data.shards import ActivationDataset
+from saeforge.demo import passages_path
+from saeforge.errors import ConfigError, DatasetError
+from saeforge.features.aggregate import pack_keys, segment_keys
+from saeforge.lm.capture import Capture
+from saeforge.lm.load import load_tokenizer, tokenizer_card
+from saeforge.lm.origin import Origin
+from saeforge.lm.pack import Contexts, hash_file
+from saeforge.lm.read import cut_documents, read_activations
+from saeforge.lm.text import Document, JsonLines, open_text
+from saeforge.lm.tokens import Segment, find_specials
+
+SEGMENTS_AT_ONCE = 64  # of text: fixed, because a model's rounding depends on its batches
+LONGEST_CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class DocumentRecord:
+    """A document that features were read from."""
+
+    id: int
+    name: str
+    label: str | None
+    split: str | None
+
+
+class StoredTokens:
+    """Token ids of all segments, special tokens left out, found by (document, position).
+
+    Args:
+        parts: arrays of token ids, kept as they are (memory maps).
+        segments: uint64 key of each segment, as `segment_keys` gives it.
+        part: index into `parts` of each segment.
+        start: where the segment's text begins in that part.
+        length: text tokens of the segment.
+        room: text tokens of a full segment.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[np.ndarray],
+        segments: np.ndarray,
+        part: np.ndarray,
+        start: np.ndarray,
+        length: np.ndarray,
+        room: int,
+    ) -> None:
+        order = np.argsort(segments)
+        self.parts, self.room = list(parts), room
+        self.segments, self.part = segments[order], part[order]
+        self.start, self.length = start[order], length[order]
+
+    def around(self, keys: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the window of each token: `reach` tokens to both sides, cut at the borders of its segment.
+
+        Returns:
+            int64 arrays: number of the segment, first position of the window in its document, tokens of the window.
+
+        Raises:
+            DatasetError: a token is in no segment.
+        """
+        wanted = segment_keys(keys, self.room)
+        number = np.searchsorted(self.segments, wanted)
+        found = self.segments[np.minimum(number, len(self.segments) - 1)] == wanted
+        inside = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64) % self.room
+        if not found.all() or (inside >= self.length[number]).any():
+            raise DatasetError("the provenance names tokens that the dataset's tokens/ does not hold; harvest it again")
+        first = np.maximum(inside - reach, 0)
+        last = np.minimum(inside + reach, self.length[number] - 1)
+        position = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64) - inside + first
+        return number, position, last - first + 1
+
+    def tokens(self, segment: int, position: int, length: int) -> list[int]:
+        """Return token ids from a position (in the document) on."""
+        start = int(self.start[segment]) + position % self.room
+        return [int(token) for token in self.parts[self.part[segment]][start : start + length]]
+
+    def slack(self, segment: int, position: int, length: int, reach: int) -> tuple[int, int]:
+        """Return how many tokens, at most `reach`, stand in the segment before and behind a window."""
+        inside = position % self.room
+        return min(inside, reach), min(int(self.length[segment]) - inside - length, reach)
+
+
+class RowSource(ABC):
+    """Rows in units of a fixed size and order; a unit is what a build does between two looks at the clock.
+
+    Attributes:
+        identity: what decides the rows, as plain JSON values: equal identities, equal rows.
+        documents: those that rows may come from.
+        rows: rows of all units.
+        units: number of units.
+        tokens: the tokens of the segments.
+        tokenizer: of the model.
+    """
+
+    identity: dict[str, Any]
+    documents: list[DocumentRecord]
+    rows: int
+    units: int
+    tokens: StoredTokens
+    tokenizer: Any
+
+    @abstractmethod
+    def keys(self, unit: int) -> np.ndarray:
+        """Return the packed (document, position) of a unit's rows, uint64, in the order of `read`."""
+
+    @abstractmethod
+    def read(self, unit: int) -> torch.Tensor:
+        """Return a unit's rows, (rows, d)."""
+
+    def close(self) -> None:  # noqa: B027 (not every source holds something)
+        """Let go of what the source holds."""
+
+
+class ShardRows(RowSource):
+    """Rows of a dataset that `saeforge harvest` made.
+
+    Args:
+        path: the dataset.
+        site: id of the site.
+        split: "train", "validation" or "all".
+        max_tokens: read at most so many rows, in whole blocks, at least one.
+        unit_rows: rows of a unit, in whole blocks.
+        origin: where the model is now.
+
+    Raises:
+        DatasetError: no provenance or tokens, damaged ones, or no such split.
+    """
+
+    def __init__(
+        self, path: str, *, site: str | None, split: str, max_tokens: int | None, unit_rows: int, origin: Origin | None
+    ) -> None:
+        self.dataset = ActivationDataset.open(path, site=site)
+        if split not in (*SPLITS, "all"):
+            raise ConfigError(f"split {split!r}: expected train, validation or all")
+        splits = [name for name in (SPLITS if split == "all" else [split]) if self.dataset.n_blocks(name)]
+        if not splits:
+            raise DatasetError(f"{path} has no {split} split; use --split train, or harvest with a validation_share")
+        record = _read_packing(Path(path) / "tokens")
+        blocks: list[tuple[str, int]] = []
+        rows = 0
+        for name in splits:
+            for index in range(self.dataset.n_blocks(name)):
+                size = self.dataset.block_rows(name)
+                if max_tokens is None or rows + size <= max_tokens or not blocks:
+                    blocks.append((name, index))
+                    rows += size
+        self.rows = rows
+        self._units: list[list[tuple[str, int]]] = []
+        filled = unit_rows
+        for block in blocks:
+            size = self.dataset.block_rows(block[0])
+            if filled + size > unit_rows:
+                self._units.append([])
+                filled = 0
+            self._units[-1].append(block)
+            filled += size
+        self.units = len(self._units)
+        self.documents = _read_documents(Path(path) / "tokens" / "documents.jsonl", splits)
+        self.tokens = _stored_tokens(Path(path) / "tokens", splits, record)
+        manifest = self.dataset.manifest
+        name = origin.model if origin else str(manifest.model.get("name"))
+        self.tokenizer = load_tokenizer(name, manifest.model.get("revision"))
+        if tokenizer_card(self.tokenizer)["sha256"] != manifest.tokenizer.get("sha256"):
+            raise DatasetError(
+                f"the tokenizer of {name!r} is not the one that {path} was harvested with; restore it, or give --model"
+            )
+        self.identity = {
+            "source": "shards",
+            "dataset": self.dataset.fingerprint,
+            "site": self.dataset.site.id,
+            "splits": splits,
+            "blocks": len(blocks),
+            "unit_rows": unit_rows,
+        }
+
+    def keys(self, unit: int) -> np.ndarray:
+        """See `RowSource.keys`."""
+        rows = np.concatenate([self.dataset.read_rows(*block) for block in self._units[unit]])
+        return pack_keys(rows[:, 0], rows[:, 1])
+
+    def read(self, unit: int) -> torch.Tensor:
+        """See `RowSource.read`."""
+        blocks = self._units[unit]
+        sizes = [self.dataset.block_rows(split) for split, _ in blocks]
+        x = torch.empty(sum(sizes), self.dataset.d, dtype=self.dataset.dtype)
+        start = 0
+        for block, size in zip(blocks, sizes, strict=True):
+            self.dataset.read_block(*block, out=x[start : start + size])
+            start += size
+        return x
+
+
+class TextRows(RowSource):
+    """Rows of any text, from the model that the SAE was trained on.
+
+    Args:
+        text: "demo" (the labelled passages that ship with saeforge), or what `saeforge harvest --text` takes.
+        origin: model and site.
+        max_tokens: read at most so many rows, in whole segments, at least one.
+        device: of the model.
+
+    Raises:
+        ConfigError: no such text or model.
+        DatasetError: the text holds nothing to keep.
+    """
+
+    def __init__(self, text: str, *, origin: Origin, max_tokens: int | None, device: str) -> None:
+        documents = _open_documents(text)
+        self.tokenizer = load_tokenizer(origin.model, origin.revision)
+        loaded = origin.load_base(device=device)
+        specials = find_specials(self.tokenizer)
+        limits = [loaded.context_limit, self.tokenizer.model_max_length, LONGEST_CONTEXT]
+        length = min(limit for limit in limits if limit)
+        segments = cut_documents([document.text for document in documents], self.tokenizer, specials, length)
+        if not segments:
+            raise DatasetError(f"text {text!r} holds no token to keep; give more text")
+        total = np.cumsum([segment.kept for segment in segments])
+        if max_tokens is not None:
+            segments = segments[: max(1, int((total <= max_tokens).sum()))]
+        self.rows = int(total[len(segments) - 1])
+        self._units = [segments[i : i + SEGMENTS_AT_ONCE] for i in range(0, len(segments), SEGMENTS_AT_ONCE)]
+        self.units = len(self._units)
+        self.documents = [DocumentRecord(i, d.name, d.label, d.split) for i, d in enumerate(documents)]
+        room = length - len(specials.prefix) - len(specials.suffix)
+        self.tokens = _segments_tokens(segments, len(specials.prefix), len(specials.suffix), room)
+        self._pad = specials.pad
+        self._stack = contextlib.ExitStack()
+        self._capture = self._stack.enter_context(Capture(loaded.model, [origin.site]))
+        digest = hashlib.sha256()
+        for document in documents:
+            digest.update(repr((document.name, document.label, document.split, document.text)).encode())
+        self.identity = {
+            "source": "text",
+            "text_sha256": digest.hexdigest(),
+            "model": loaded.card["name"],
+            "model_sha256": loaded.card["files_sha256"],
+            "tokenizer": tokenizer_card(self.tokenizer)["sha256"],
+            "site": origin.site.id,
+            "context_length": length,
+            "segments": len(segments),
+        }
+        self._last: tuple[int, torch.Tensor, np.ndarray] | None = None
+
+    def keys(self, unit: int) -> np.ndarray:
+        """See `RowSource.keys`."""
+        return self._run(unit)[1]
+
+    def read(self, unit: int) -> torch.Tensor:
+        """See `RowSource.read`."""
+        return self._run(unit)[0]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._stack.close()
+
+    def _run(self, unit: int) -> tuple[torch.Tensor, np.ndarray]:
+        if self._last is None or self._last[0] != unit:
+            parts = list(read_activations(self._capture, self._units[unit], pad=self._pad))
+            rows = np.concatenate([part.rows for part in parts])
+            self._last = (unit, torch.cat([part.x for part in parts]), pack_keys(rows[:, 0], rows[:, 1]))
+        return self._last[1], self._last[2]
+
+
+def _open_documents(text: str) -> list[Document]:
+    """Return all documents of a source, empty ones left out."""
+    sources: list[Any] = (
+        [JsonLines(path) for path in sorted(passages_path().glob("*.jsonl"))] if text == "demo" else [open_text(text)]
+    )
+    documents = [source[i] for source in sources for i in range(len(source))]
+    return [document for document in documents if document.text.strip()]
+
+
+def _read_packing(folder: Path) -> dict[str, Any]:
+    """Return `tokens/packing.json`, after a check of the files that it names."""
+    path = folder / "packing.json"
+    if not path.is_file():
+        raise DatasetError(
+            f"{folder.parent} does not say which tokens its rows belong to (no tokens/packing.json): it was not made by "
+            "`saeforge harvest`; read features from text instead, with --texts"
+        )
+    record: dict[str, Any] = json.loads(path.read_bytes())
+    for name, sha256 in record["files"].items():
+        if not (folder / name).is_file() or hash_file(folder / name) != sha256:
+            raise DatasetError(f"{folder / name} is missing or damaged; restore it or harvest again")
+    return record
+
+
+def _read_documents(path: Path, splits: Sequence[str]) -> list[DocumentRecord]:
+    with path.open(encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    return [DocumentRecord(r["id"], r["name"], r["label"], r["split"]) for r in records if r["split"] in splits]
+
+
+def _stored_tokens(folder: Path, splits: Sequence[str], record: dict[str, Any]) -> StoredTokens:
+    """Index the segments of a dataset's `tokens/`."""
+    special = record["special_tokens"]
+    before, behind = len(special["prefix"]), len(special["suffix"])
+    room = record["context_length"] - before - behind
+    parts, columns = [], []
+    for number, split in enumerate(splits):
+        arrays = Contexts(folder, split, packed=record["packed"], pad=special["pad"]).arrays
+        start = np.flatnonzero(np.asarray(arrays["within"]) == 0)
+        length = np.diff(np.append(start, len(arrays["tokens"]))) - before - behind
+        keys = pack_keys(arrays["documents"][start], arrays["positions"][start + before])
+        parts.append(arrays["tokens"])
+        columns.append((segment_keys(keys, room), np.full(len(start), number), start + before, length))
+    segments, part, start, length = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return StoredTokens(parts, segments, part, start, length, room)
+
+
+def _segments_tokens(segments: Sequence[Segment], before: int, behind: int, room: int) -> StoredTokens:
+    """Index segments in memory."""
+    tokens = np.concatenate([segment.tokens for segment in segments])
+    sizes = np.array([len(segment.tokens) for segment in segments])
+    start = np.cumsum(sizes) - sizes + before
+    documents = np.array([segment.document for segment in segments])
+    first = np.array([segment.positions[before] for segment in segments])
+    keys = segment_keys(pack_keys(documents, first), room)
+    return StoredTokens([tokens], keys, np.zeros(len(segments), dtype=np.int64), start, sizes - before - behind, room)
