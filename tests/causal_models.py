@@ -26,8 +26,8 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     common: dict[str, Any] = dict(
         vocab_size=VOCABULARY, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
-    sizes = dict(hidden_size=D, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-    grouped = dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
+    sizes: dict[str, Any] = dict(hidden_size=D, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    grouped: dict[str, Any] = dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
     config: Any
     if kind == "gpt2":
         config = GPT2Config(n_positions=256, n_embd=D, n_layer=3, n_head=4, **common)

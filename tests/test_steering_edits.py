@@ -105,7 +105,8 @@ def write_store(run: Path) -> Path:
     run.mkdir()
     with sqlite3.connect(run / "features.sqlite") as store:
         store.execute(
-            "CREATE TABLE latents(latent INTEGER PRIMARY KEY, count INTEGER, density REAL, mean REAL, max REAL, p99 REAL)"
+            "CREATE TABLE latents(latent INTEGER PRIMARY KEY, count INTEGER, density REAL, mean REAL, max REAL, "
+            "p99 REAL)"
         )
         rows = [(0, 9, 0.1, 1.0, 8.0, 4.0), (3, 0, 0.0, None, None, None), (4, 0, 0.0, 0.0, 0.0, 0.0)]
         store.executemany("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?)", rows)
