@@ -58,8 +58,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words[3:3] = SPECIAL.values()
         documents[number] = " ".join(words)
     write_text_folder(home / "text", documents)
-    for name, kind, pack in (("gpt2", "gpt2", True), ("llama", "llama", True), ("alone", "llama", False)):
-        make_dataset(home, kind, home / f"acts-{name}", pack=pack)
+    make_dataset(home, "gpt2", home / "acts-gpt2", pack=True)
+    make_dataset(home, "gpt2", home / "acts-first", pack=True, drop_first=False)  # only here a border could be scored
+    make_dataset(home, "llama", home / "acts-llama", pack=True)
+    make_dataset(home, "llama", home / "acts-alone", pack=False)
     make_dataset(home, "bert", home / "acts-bert")
     return home
 
@@ -149,7 +151,7 @@ def brute_force(home: Path, dataset: Path, kind: str, sae: SAE, *, reads: str = 
             kept = []
             for i, token in enumerate(piece):
                 special = token in tokenizer.all_special_ids and token != (0 if kind == "llama" else None)
-                first = kind == "gpt2" and i == 0
+                first = dataset.name == "acts-gpt2" and i == 0
                 if not special and not first and left > 0:
                     left -= 1
                     kept.append(len(before) + i)
@@ -188,7 +190,9 @@ def brute_force(home: Path, dataset: Path, kind: str, sae: SAE, *, reads: str = 
     return sums
 
 
-@pytest.mark.parametrize(("name", "kind"), [("gpt2", "gpt2"), ("llama", "llama"), ("alone", "llama")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gpt2", "gpt2"), ("first", "gpt2"), ("llama", "llama"), ("alone", "llama")]
+)
 def test_it_equals_a_float64_computation_segment_by_segment(home: Path, name: str, kind: str) -> None:
     dataset = home / f"acts-{name}"
     expected = brute_force(home, dataset, kind, random_sae(meta_of(dataset, kind)))
@@ -273,10 +277,10 @@ def test_labels_add_up_to_all(home: Path) -> None:
             assert getattr(effect.overall, name) == pytest.approx(total, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "alone"])
+@pytest.mark.parametrize("name", ["gpt2", "first", "llama", "alone"])
 def test_no_prediction_across_texts_or_of_special_tokens_is_scored(home: Path, name: str) -> None:
     dataset = home / f"acts-{name}"
-    kind = "gpt2" if name == "gpt2" else "llama"
+    kind = "gpt2" if name in ("gpt2", "first") else "llama"
     texts = HeldOutTexts(dataset, Manifest.load(dataset / "manifest.json"), "validation", budget=10**9)
     arrays = {key: np.array(array) for key, array in texts.contexts.arrays.items()}
     specials = set(AutoTokenizer.from_pretrained(home / kind).all_special_ids) - ({0} if kind == "llama" else set())
