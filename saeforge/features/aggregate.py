@@ -1,12 +1,13 @@
 """First pass: what a stream of active latents says of each of them, in bounded memory and in any order.
 
-Statistics, the strongest contexts and samples by strength are kept as arrays with one row per latent, and merged step by
-step without a loop over latents or tokens. Everything but the last bits of a sum is independent of how the stream is cut
-into steps and in which order it comes:
+Statistics, the strongest contexts and samples by strength are kept as arrays with one row per latent, and merged step
+by step without a loop over latents or tokens. Everything but the last bits of a sum is independent of how the stream is
+cut into steps and in which order it comes:
 
 * strongest contexts: one hit for each segment, the `TOP` largest; ties go to the lowest (document, position);
-* samples: the range of an activation is its octave below the octave of the latent's maximum, so that a new maximum moves
-  whole reservoirs and never splits one; in a range the `PER_RANGE` lowest hashes of (seed, latent, document, position);
+* samples: the range of an activation is its octave below the octave of the latent's maximum, so that a new maximum
+  moves whole reservoirs and never splits one; in a range the `PER_RANGE` lowest hashes of (seed, latent, document,
+  position);
 * quantiles: from a histogram of `1 << FINE_BITS` equal bins for each octave: within 1/32 of the value.
 """
 
@@ -227,7 +228,7 @@ class Aggregate:
 
     def _range(self, latents: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Return the range of values: 0 for the octave of the latent's maximum, and so on downwards."""
-        return np.minimum(_octaves(self.largest)[latents] - _octaves(values), RANGES - 1)
+        return np.asarray(np.minimum(_octaves(self.largest)[latents] - _octaves(values), RANGES - 1))
 
     def _hash(self, latents: np.ndarray, keys: np.ndarray) -> np.ndarray:
         of_latent = _mix(np.arange(self.d_sae, dtype=np.uint64) + _mix(np.full(1, self.seed, dtype=np.uint64)))
@@ -235,15 +236,15 @@ class Aggregate:
 
     def documents(self) -> np.ndarray:
         """Return in how many documents each latent fires, int64: exact, or a linear count of hashed documents."""
-        bits = _BITS_OF_BYTE[self.seen].sum(1, dtype=np.int64)
+        bits: np.ndarray = _BITS_OF_BYTE[self.seen].sum(1, dtype=np.int64)
         if self.documents_exact:
             return bits
         free = np.maximum(self.document_bits - bits, 1) / self.document_bits
-        return np.rint(-self.document_bits * np.log(free)).astype(np.int64)
+        return np.asarray(np.rint(-self.document_bits * np.log(free)).astype(np.int64))
 
     def mean(self) -> np.ndarray:
         """Return the mean of each latent's non-zeros, 0 where it never fired; float64."""
-        return self.total / np.maximum(self.count, 1)
+        return np.asarray(self.total / np.maximum(self.count, 1))
 
     def quantile(self, share: float) -> np.ndarray:
         """Return a quantile (nearest rank) of each latent's non-zeros, float64, 0 where it never fired.
@@ -266,7 +267,7 @@ class Aggregate:
 
     def octaves(self) -> np.ndarray:
         """Return int64 (d_sae, OCTAVES): activations from 2^e to 2^(e + 1), e from LOWEST_OCTAVE up."""
-        return self.histogram.reshape(self.d_sae, OCTAVES, -1).sum(2, dtype=np.int64)
+        return np.asarray(self.histogram.reshape(self.d_sae, OCTAVES, -1).sum(2, dtype=np.int64))
 
     def examples(self) -> dict[str, np.ndarray]:
         """Return all pointers, ordered by latent, the strongest before the samples, and then by rank.
@@ -290,7 +291,7 @@ def _octaves(values: np.ndarray) -> np.ndarray:
 
 def _edge(fine: np.ndarray) -> np.ndarray:
     """Return the lower edges of fine bins; the first bin begins at 0."""
-    edges = ((fine + _BASE).astype(np.int32) << _SHIFT).view(np.float32).astype(np.float64)
+    edges = ((fine + _BASE).astype(np.int32) << np.int32(_SHIFT)).view(np.float32).astype(np.float64)
     return np.where(fine == 0, 0.0, edges)
 
 
@@ -300,7 +301,7 @@ def _ranks(groups: np.ndarray) -> np.ndarray:
     first[1:] = groups[1:] != groups[:-1]
     starts = np.flatnonzero(first)
     number = np.arange(len(groups))
-    return number - np.repeat(starts, np.diff(np.append(starts, len(groups))))
+    return np.asarray(number - np.repeat(starts, np.diff(np.append(starts, len(groups)))))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

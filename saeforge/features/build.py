@@ -29,6 +29,7 @@ from saeforge.ops import SparseCode
 from saeforge.sae import SAE, WEIGHTS_FILE, load
 
 UNIT_ROWS = 16_384
+CODE_BYTES = 1 << 28  # codes of the first pass that are kept for the second
 Progress = Callable[[str, int, int], None]
 
 
@@ -130,6 +131,8 @@ class _Build:
         self.aggregate = Aggregate(sae.d_sae, n_documents=n_documents, room=source.tokens.room, seed=seed)
         self.next_unit = {"statistics": 0, "windows": 0}
         self.window_values: np.ndarray | None = None
+        self._codes: dict[int, SparseCode] = {}
+        self._code_bytes = 0
         self.seconds = {"statistics": 0.0, "windows": 0.0, "writing": 0.0}
         self._saved_at = time.monotonic()
         self.resumed = self._resume(overwrite)
@@ -140,6 +143,7 @@ class _Build:
             self.on_progress("statistics", unit, self.source.units)
             keys = self.source.keys(unit)
             code = self._encode(self.source.read(unit))
+            self._remember(unit, code)
             rows = code.rows().numpy()
             self.aggregate.update(code.indices.numpy(), code.values.numpy(), keys[rows], len(keys))
             self._advance("statistics", unit + 1)
@@ -153,7 +157,11 @@ class _Build:
             self.on_progress("windows", unit, self.source.units)
             keys = self.source.keys(unit)
             needed = windows.needed(keys)
-            if len(needed):
+            # A choice by the rows alone: a resumed build, which has no codes, must come to the same bits.
+            if 2 * len(needed) >= len(keys):
+                code = self._codes.pop(unit) if unit in self._codes else self._encode(self.source.read(unit))
+                windows.fill(keys, code)
+            elif len(needed):
                 x = self.source.read(unit)
                 picked = x.index_select(0, torch.from_numpy(needed).to(x.device))
                 windows.fill(keys[needed], self._encode(picked))
@@ -196,6 +204,12 @@ class _Build:
         """Return the code of rows, on the CPU."""
         code = self.sae.encode(x.to(self.sae.device).float()).trimmed()
         return SparseCode(code.values.cpu(), code.indices.cpu(), code.offsets.cpu(), code.d_sae, code.k)
+
+    def _remember(self, unit: int, code: SparseCode) -> None:
+        size = code.values.numel() * (code.values.element_size() + code.indices.element_size())
+        if self._code_bytes + size <= CODE_BYTES:
+            self._code_bytes += size
+            self._codes[unit] = SparseCode(code.values, code.indices, code.offsets, code.d_sae, code.k)
 
     def _clock(self, stage: str, start: float) -> float:
         now = time.monotonic()
@@ -251,8 +265,8 @@ class _Build:
                 path.unlink()
                 return False
             raise ConfigError(
-                f"{self.folder} holds an unfinished build of features with another "
-                f"{_difference(identity, self.identity)}; give the same options to go on, or start again with --overwrite"
+                f"{self.folder} holds an unfinished build with another {_difference(identity, self.identity)}; give the "
+                "same options to go on, or start again with --overwrite"
             )
         self.aggregate.restore(state)
         self.next_unit = dict(zip(("statistics", "windows"), map(int, state["next_unit"]), strict=True))
@@ -284,9 +298,7 @@ def _open_source(
         raise ConfigError("this SAE does not say which dataset it was trained on; give one with --data, or --texts")
     site = (sae.meta.get("site") or {}).get("id")
     origin = origin_of(sae, model=model) if model or sae.meta.get("model") else None
-    source = ShardRows(
-        str(path), site=site, split=split, max_tokens=max_tokens, unit_rows=unit_rows, origin=origin
-    )
+    source = ShardRows(str(path), site=site, split=split, max_tokens=max_tokens, unit_rows=unit_rows, origin=origin)
     if source.dataset.d != sae.d_in:
         raise DatasetError(
             f"{path} holds activations {source.dataset.d} wide, this SAE reads {sae.d_in}; give its own with --data"

@@ -23,7 +23,7 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._bytes: dict[int, bytes] = {}
+        self._known: dict[int, tuple[bytes, str | None]] = {}  # with the text, where a token holds whole characters
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
         self._alphabet = _byte_level_alphabet() if _is_byte_level(decoder) else None
@@ -35,14 +35,23 @@ class Pieces:
     def __call__(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token of a sequence."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        known = self._bytes
         pieces = []
+        inside = False  # a character
         for token in ids:
-            content = known.get(token)
-            if content is None:
-                content = known[token] = self._bytes_of(token)
-            pieces.append(decoder.decode(content))
+            content, text = self._known.get(token) or self._learn(token)
+            if text is None or inside:
+                text = decoder.decode(content)
+                inside = decoder.getstate()[0] != b""
+            pieces.append(text)
         return pieces
+
+    def _learn(self, token: int) -> tuple[bytes, str | None]:
+        content = self._bytes_of(token)
+        try:
+            self._known[token] = content, content.decode()
+        except UnicodeDecodeError:
+            self._known[token] = content, None
+        return self._known[token]
 
     def _bytes_of(self, token: int) -> bytes:
         name = self._tokenizer.convert_ids_to_tokens(token)

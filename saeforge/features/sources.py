@@ -66,7 +66,7 @@ class StoredTokens:
         room: int,
     ) -> None:
         order = np.argsort(segments)
-        self.parts, self.room = list(parts), room
+        self.parts, self.room = [np.asarray(part) for part in parts], room  # a memory map slices slowly
         self.segments, self.part = segments[order], part[order]
         self.start, self.length = start[order], length[order]
 
@@ -93,7 +93,8 @@ class StoredTokens:
     def tokens(self, segment: int, position: int, length: int) -> list[int]:
         """Return token ids from a position (in the document) on."""
         start = int(self.start[segment]) + position % self.room
-        return [int(token) for token in self.parts[self.part[segment]][start : start + length]]
+        ids: list[int] = self.parts[self.part[segment]][start : start + length].tolist()
+        return ids
 
     def slack(self, segment: int, position: int, length: int, reach: int) -> tuple[int, int]:
         """Return how many tokens, at most `reach`, stand in the segment before and behind a window."""
@@ -296,8 +297,8 @@ def _read_packing(folder: Path) -> dict[str, Any]:
     path = folder / "packing.json"
     if not path.is_file():
         raise DatasetError(
-            f"{folder.parent} does not say which tokens its rows belong to (no tokens/packing.json): it was not made by "
-            "`saeforge harvest`; read features from text instead, with --texts"
+            f"{folder.parent} does not say which tokens its rows belong to (no tokens/packing.json): it was not made "
+            "by `saeforge harvest`; read features from text instead, with --texts"
         )
     record: dict[str, Any] = json.loads(path.read_bytes())
     for name, sha256 in record["files"].items():

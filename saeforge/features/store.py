@@ -51,7 +51,7 @@ class Example:
 
     Attributes:
         kind: "top", or "range" for a sample.
-        range: -1 for "top"; else 0 for the octave of the maximum, 1 for the one below, ...; the last holds all the rest.
+        range: -1 for "top"; else 0 for the octave of the maximum, 1 for the one below, ...; the last holds the rest.
         rank: from 0.
         value: the activation.
         document: its name. label, split: of the document.
@@ -160,14 +160,12 @@ class FeatureStore:
             "SELECT source, label, score, detail FROM labels WHERE latent = ? ORDER BY score DESC, source, label",
             (latent,),
         )
-        return Feature(
-            *row[:-1],
-            histogram={int(octave): count for octave, count in json.loads(row[-1]).items()},
-            labels=[
-                {"source": source, "label": label, "score": score, "detail": json.loads(detail) if detail else None}
-                for source, label, score, detail in labels
-            ],
-        )
+        histogram = {int(octave): count for octave, count in json.loads(row[-1]).items()}
+        found = [
+            {"source": source, "label": label, "score": score, "detail": json.loads(detail) if detail else None}
+            for source, label, score, detail in labels
+        ]
+        return Feature(*row[:-1], histogram, found)
 
     def top(self, latent: int, n: int = 20) -> list[Example]:
         """Return the strongest contexts of a latent, at most one of each segment, strongest first."""
@@ -251,7 +249,7 @@ class FeatureStore:
 
     def _examples(self, latent: int, kind: str, limit: int) -> list[Example]:
         self._check(latent)
-        rows = self._db.execute(
+        rows: Iterable[Any] = self._db.execute(
             "SELECT range, rank, value, name, label, split, position, window FROM examples "
             "LEFT JOIN documents ON documents.id = document WHERE latent = ? AND kind = ? ORDER BY range, rank LIMIT ?",
             (latent, kind, limit),

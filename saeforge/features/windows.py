@@ -56,12 +56,11 @@ class Windows:
         """Take in rows.
 
         Args:
-            keys: uint64 (rows,), all of them needed.
+            keys: uint64 (rows,); those that no window needs are passed over.
             code: their latents, on the CPU.
         """
         number, found = self._find(keys)
-        assert found.all()
-        counts = self._starts[number + 1] - self._starts[number]
+        counts = np.where(found, self._starts[number + 1] - self._starts[number], 0)
         row = np.repeat(np.arange(len(keys)), counts)
         pair = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + self._starts[number][row]
         # Rows of a code are in order, and so are the latents of a row: (row, latent) is sorted as it stands.
@@ -82,5 +81,7 @@ class Windows:
         self.values[self._centres] = self._centre_values
 
     def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(self._key) == 0:  # no latent ever fired
+            return np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=bool)
         number = np.minimum(np.searchsorted(self._key, keys), len(self._key) - 1)
         return number, self._key[number] == keys

@@ -140,16 +140,16 @@ def _write_examples(
     documents, positions = unpack_keys(examples["key"][first:last])
     columns = [examples[name][first:last].tolist() for name in ("latent", "range", "rank", "value")]
     places = [column[first:last].tolist() for column in (windows.segment, windows.position, windows.length)]
-    offsets = windows.offsets[first : last + 1].tolist()
+    offsets = (windows.offsets[first : last + 1] - windows.offsets[first]).tolist()
+    activations = _short(windows.values[windows.offsets[first] : windows.offsets[last]])
     for latent, kind, rank, value, document, position, segment, start, length, offset in zip(
         *columns, documents.tolist(), positions.tolist(), *places, offsets[:-1], strict=True
     ):
         before, behind = source.tokens.slack(segment, start, length, SLACK)
         ids = source.tokens.tokens(segment, start - before, before + length + behind)
         tokens = pieces(ids)[before : before + length]
-        values = [_short(v) for v in windows.values[offset : offset + length].tolist()]
         centre = position - start
-        window = schema.pack_window(tokens, values, centre)
+        window = schema.pack_window(tokens, activations[offset : offset + length], centre)
         rows.append((latent, "top" if kind < 0 else "range", kind, rank, value, document, position, window))
         if kind < 0:
             words, contexts = texts.setdefault(latent, ([], []))
@@ -162,11 +162,13 @@ def _write_examples(
     )
 
 
-def _short(value: float) -> float | None:
-    """Return six digits of an activation, or None for NaN: more would only make the file larger."""
-    if value == 0:
-        return 0
-    return None if math.isnan(value) else float(f"{value:.6g}")
+def _short(values: np.ndarray) -> list[float | None]:
+    """Return activations with six digits, and None for NaN: more digits would only make the file larger."""
+    result: list[float | None] = [0] * len(values)
+    places = np.flatnonzero(values != 0)
+    for place, value in zip(places.tolist(), values[places].tolist(), strict=True):
+        result[place] = None if math.isnan(value) else float(f"{value:.6g}")
+    return result
 
 
 def _word(tokens: list[str], centre: int) -> str:

@@ -1,0 +1,261 @@
+"""`saeforge features build|show|search|list|concepts RUN`: read the latents of a trained SAE."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse
+from saeforge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+
+HELP = """usage: saeforge features COMMAND RUN [options]
+
+What fires the latents of a trained SAE, and which concept they are.
+
+commands:
+  build RUN            find what fires every latent: RUN/features.sqlite (resumable)
+  show RUN LATENT      one latent: statistics, strongest contexts, samples by strength
+  search RUN "WORDS"   latents that fire around these words, or are labelled with them
+  list RUN             latents by density, count, max, ...
+  concepts RUN         which latent is which label of labelled texts
+
+options:
+  -h, --help  this text; `saeforge features COMMAND --help` for a command's options"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments after `saeforge features`.
+
+    Returns:
+        Exit code.
+    """
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "build": _build,
+        "show": _show,
+        "search": _search,
+        "list": _list,
+        "concepts": _concepts,
+    }
+    arguments = list(argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if arguments else 2
+    if arguments[0] not in commands:
+        close = difflib.get_close_matches(arguments[0], commands, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(commands)}"
+        raise ConfigError(f"unknown command `features {arguments[0]}`; {hint}")
+    return commands[arguments[0]](arguments[1:])
+
+
+def make_parser(command: str, description: str) -> OneLineParser:
+    """A parser with what the commands share: `--config` and RUN."""
+    configure_jsonargparse()
+    parser = OneLineParser(prog=f"saeforge features {command}", description=description, parser_mode=PARSER_MODE)
+    parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below.")
+    parser.add_argument("run", type=str, help="RUN folder (runs/<name>).")
+    return parser
+
+
+def _concepts(argv: list[str]) -> int:
+    code: int = importlib.import_module("saeforge.cli.concepts").run(argv)
+    return code
+
+
+def _build(argv: list[str]) -> int:
+    parser = make_parser("build", "Find what fires every latent; writes RUN/features.sqlite, resumable.")
+    parser.add_argument("--data", type=str | None, default=None, help="Dataset; default: the one it was trained on.")
+    parser.add_argument("--split", type=str, default="all", help="train, validation or all, of the dataset.")
+    parser.add_argument(
+        "--texts",
+        type=str | None,
+        default=None,
+        help="Read text with the model instead of a dataset: demo, stdlib, a folder of text files or a .jsonl file.",
+    )
+    parser.add_argument("--max_tokens", type=int | None, default=None, help="Read at most so many tokens.")
+    parser.add_argument("--model", type=str | None, default=None, help="Where the model is now, if it moved.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the samples by strength.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--overwrite", action="store_true", help="Replace features that were built with other options.")
+    parser.add_argument("--json", action="store_true", help="Print what was done as JSON.")
+    options = parser.parse_args(argv)
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from saeforge.features.build import build_features, describe
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    hidden = not sys.stderr.isatty()
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
+            task = progress.add_task("statistics", total=None)
+            built = build_features(
+                options.run,
+                data=options.data,
+                split=options.split,
+                texts=options.texts,
+                max_tokens=options.max_tokens,
+                model=options.model,
+                seed=options.seed,
+                device=options.device,
+                overwrite=options.overwrite,
+                on_progress=lambda stage, done, total: progress.update(
+                    task, description=stage, completed=done, total=total
+                ),
+            )
+    except KeyboardInterrupt:
+        print("saeforge: stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    if options.json:
+        print(json.dumps(describe(built), indent=2))
+    elif built.reused:
+        print(f"already built: {built.path} ({built.latents:,} latents, {built.tokens:,} tokens)")
+    else:
+        print(f"{built.fired:,} of {built.latents:,} latents fired in {built.tokens:,} tokens")
+        print(f"{built.examples:,} examples written to {built.path}")
+    return 0
+
+
+def _show(argv: list[str]) -> int:
+    parser = make_parser("show", "Show one latent: statistics, strongest contexts, samples by strength.")
+    parser.add_argument("latent", type=int, help="Number of the latent.")
+    parser.add_argument("--top", type=int, default=10, help="Strongest contexts to show, at most 20.")
+    parser.add_argument("--around", type=int, default=12, help="Tokens to show on both sides, at most 24.")
+    parser.add_argument("--json", action="store_true", help="Print the JSON instead.")
+    options = parser.parse_args(argv)
+    if options.top < 0 or options.around < 0:
+        raise ConfigError(f"top = {options.top}, around = {options.around}: expected at least 0")
+
+    from dataclasses import asdict
+
+    from saeforge.features.store import FeatureStore
+    from saeforge.features.terminal import header, render
+
+    with FeatureStore.open(options.run) as store:
+        feature = store.latent(options.latent)
+        top, samples = store.top(options.latent, options.top), store.samples(options.latent)
+        d_sae = store.d_sae
+    if options.json:
+        content = {
+            **asdict(feature),
+            "top": [asdict(example) for example in top],
+            "samples": [[asdict(example) for example in part] for part in samples],
+        }
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+        return 0
+    console = _console()
+    colour = console.is_terminal and not console.no_color
+    for line in header(feature, d_sae):
+        console.print(line, markup=False, highlight=False)
+    groups = [("strongest contexts", top)]
+    names = ["the octave of the maximum", *(f"{2**n} times weaker" for n in range(1, len(samples) - 1)), "weaker still"]
+    groups += [(f"samples: {name}", part) for name, part in zip(names, samples, strict=True)]
+    for name, examples in groups:
+        if examples:
+            console.print(f"\n{name}", markup=False, highlight=False, style="bold")
+        for example in examples:
+            console.print(
+                render(example, feature.max, colour=colour, around=options.around),
+                highlight=False,
+                soft_wrap=not colour,
+            )
+    return 0
+
+
+def _search(argv: list[str]) -> int:
+    parser = make_parser("search", "Find latents by the words on and around which they fire, and by their labels.")
+    parser.add_argument("query", type=str, help='Words, all of which must occur; "in quotes" they stand side by side.')
+    parser.add_argument("--limit", type=int, default=10, help="Most latents to list.")
+    parser.add_argument("--json", action="store_true", help="Print the JSON instead of the table.")
+    options = parser.parse_args(argv)
+    _check_limit(options.limit)
+
+    from dataclasses import asdict
+
+    from rich.text import Text
+
+    from saeforge.features.store import FeatureStore
+
+    with FeatureStore.open(options.run) as store:
+        hits = store.search(options.query, options.limit)
+        features = [store.latent(hit.latent) for hit in hits]
+    if options.json:
+        print(json.dumps([asdict(hit) for hit in hits], indent=2, ensure_ascii=False))
+        return 0
+    if not hits:
+        print(f"no latent fires around {options.query!r} in its strongest contexts")
+        return 0
+    rows = [
+        (str(hit.latent), f"{100 * feature.density:.3g}%", Text(hit.labels), Text(" ".join(hit.snippet.split())))
+        for hit, feature in zip(hits, features, strict=True)
+    ]
+    _print_table(("latent", "density", "labels", "where"), rows)
+    return 0
+
+
+def _list(argv: list[str]) -> int:
+    parser = make_parser("list", "List latents that fired.")
+    parser.add_argument(
+        "--sort", type=str, default="density", help="latent, count, density, mean, max, p99 or documents."
+    )
+    parser.add_argument("--limit", type=int, default=20, help="Most latents to list.")
+    parser.add_argument("--json", action="store_true", help="Print the JSON instead of the table.")
+    options = parser.parse_args(argv)
+    _check_limit(options.limit)
+
+    from dataclasses import asdict
+
+    from rich.text import Text
+
+    from saeforge.features.store import FeatureStore
+    from saeforge.features.terminal import mark
+
+    with FeatureStore.open(options.run) as store:
+        features = store.ranked(options.sort, options.limit)
+        best = [store.top(feature.latent, 1)[0] for feature in features]
+    if options.json:
+        print(json.dumps([asdict(feature) for feature in features], indent=2, ensure_ascii=False))
+        return 0
+    rows = []
+    for feature, example in zip(features, best, strict=True):
+        window = slice(max(example.centre - 4, 0), example.centre + 5)
+        text = mark(example.tokens[window], example.values[window])
+        numbers = (f"{100 * feature.density:.3g}%", f"{feature.max:.4g}", f"{feature.documents:,}")
+        labels = ", ".join(label["label"] for label in feature.labels[:2])
+        rows.append((str(feature.latent), *numbers, Text(labels), Text(" ".join(text.split()))))
+    _print_table(("latent", "density", "max", "documents", "labels", "strongest"), rows)
+    return 0
+
+
+def _check_limit(limit: int) -> None:
+    if limit < 1:
+        raise ConfigError(f"limit = {limit}: expected at least 1")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def _print_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for name in names:
+        table.add_column(name, justify="right" if name in ("latent", "density", "max", "documents") else "left")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
