@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -427,6 +428,27 @@ def test_wrong_options_are_told_in_one_line(home: Path, tmp_path: Path, changes:
     with pytest.raises(ConfigError, match=message) as caught:
         harvest(**options(home, "gpt2", tmp_path / "o") | changes)
     assert "\n" not in str(caught.value)
+
+
+def test_contexts_are_as_long_as_the_model_allows_unless_asked(home: Path, tmp_path: Path) -> None:
+    """The models here allow 128; a restart that says the same finds the finished dataset."""
+    lengths = {}
+    for name in ("default", "asked"):
+        given = options(home, "gpt2", tmp_path / name)
+        if name == "default":
+            del given["context_length"]
+        manifest = harvest(**given)
+        lengths[name] = manifest.packing["context_length"]
+        assert harvest(**given).fingerprint == manifest.fingerprint
+    assert lengths == {"default": 128, "asked": 64}
+
+
+def test_the_default_context_is_no_longer_than_512() -> None:
+    tokenizer = SimpleNamespace(model_max_length=10**30)
+    config = HarvestConfig(model="m", sites=["resid_post.1"], out="o")
+    for limit, expected in ((None, 512), (4096, 512), (256, 256)):
+        loaded: Any = SimpleNamespace(context_limit=limit)
+        assert run._context_length(config, loaded, tokenizer) == expected
 
 
 def test_pack_true_is_refused_where_documents_would_leak(home: Path, tmp_path: Path) -> None:

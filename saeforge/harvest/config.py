@@ -20,7 +20,8 @@ class HarvestConfig:
     """What to harvest, from which model and text, and how to store it."""
 
     model: str
-    """HuggingFace model: a folder, a hub name, or package:NAME for one inside an installed Python package."""
+    """HuggingFace model: a folder, a hub name, package:NAME for one inside an installed Python package, or demo, the
+    small language model that ships with saeforge."""
 
     sites: list[str]
     """Places in the model: resid_post.6, mlp_out.3, blocks.6.hook_resid_post, or module paths with :in or :out."""
@@ -29,14 +30,15 @@ class HarvestConfig:
     """Folder of the dataset; an interrupted harvest in it goes on."""
 
     text: str = "stdlib"
-    """Source of text: a folder of text files, a .jsonl file (fields text, and if wanted label), or stdlib, the source
-    of the running Python's standard library."""
+    """Source of text: a folder of text files, a .jsonl file (fields text, and if wanted label), stdlib, the source of
+    the running Python's standard library, or demo, about 450,000 tokens of languages and code, labelled."""
 
     n_tokens: int = 10_000_000
     """Activations to keep, all splits together; special tokens do not count."""
 
-    context_length: int = 512
-    """Longest piece of a document that the model sees at once, in tokens."""
+    context_length: int | None = None
+    """Longest piece of a document that the model sees at once, in tokens; null: 512, or what the model allows if that
+    is less."""
 
     batch_contexts: int = 16
     """Contexts per forward pass."""

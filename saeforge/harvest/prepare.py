@@ -53,6 +53,7 @@ def open_prepared(folder: Path) -> Prepared | None:
 def prepare(
     folder: Path,
     config: HarvestConfig,
+    context_length: int,
     tokenizer: Any,
     specials: Specials,
     probe: Callable[[list[Segment]], Isolation],
@@ -62,6 +63,7 @@ def prepare(
     Args:
         folder: `tokens/`, existing.
         config: the harvest.
+        context_length: longest segment, special tokens included.
         tokenizer: of the model.
         specials: of the tokenizer.
         probe: asks the model whether packed segments stay apart.
@@ -71,7 +73,7 @@ def prepare(
         DatasetError: the text holds nothing to keep.
     """
     drop_first = not specials.prefix if config.drop_first == "auto" else config.drop_first
-    cutter = Cutter(specials, config.context_length, drop_first=drop_first)
+    cutter = Cutter(specials, context_length, drop_first=drop_first)
     source = open_text(config.text)
     segments, documents, counts = _collect(source, config, tokenizer, cutter)
     everything = [segment for split in SPLITS for segment in segments[split]]
@@ -87,7 +89,7 @@ def prepare(
     splits = [split for split in SPLITS if segments[split]]
     for split in splits:
         files |= write_contexts(
-            folder, split, segments[split], capacity=config.context_length, packed=packed, seed=config.seed
+            folder, split, segments[split], capacity=context_length, packed=packed, seed=config.seed
         )
     table = folder / "documents.jsonl"
     with table.open("w", encoding="utf-8") as file:
@@ -98,7 +100,7 @@ def prepare(
         "packed": packed,
         "rule": "segments share contexts, positions restart" if packed else "one segment per context, padding masked",
         "isolation": isolation.reason if isolation else "not asked (pack: false)",
-        "context_length": config.context_length,
+        "context_length": context_length,
         "drop_first": drop_first,
         "special_tokens": {
             "prefix": list(specials.prefix),

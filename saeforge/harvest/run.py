@@ -35,6 +35,7 @@ from saeforge.lm.tokens import find_specials
 
 MAX_BUCKET_ROWS = 2**20
 MIN_BUCKET_ROWS = 2**12
+DEFAULT_CONTEXT_LENGTH = 512
 ROW_PROVENANCE_BYTES = 4 * len(ROW_FIELDS)
 
 
@@ -75,12 +76,17 @@ def _harvest(folder: DatasetFolder, config: HarvestConfig, device: str) -> Manif
     for name, now in (("model", loaded.card), ("tokenizer", tokenizer_says)):
         if folder.card.setdefault(name, now) != now:
             raise ConfigError(f"the {name} changed since {folder.root} was begun; give --overwrite or another --out")
-    _check_context(config, loaded, tokenizer)
+    context_length = _context_length(config, loaded, tokenizer)
     with Capture(loaded.model, loaded.sites) as capture:
         tokens = folder.root / "tokens"
         tokens.mkdir(exist_ok=True)
         prepared = open_prepared(tokens) or prepare(
-            tokens, config, tokenizer, find_specials(tokenizer), lambda segments: probe_isolation(capture, segments)
+            tokens,
+            config,
+            context_length,
+            tokenizer,
+            find_specials(tokenizer),
+            lambda segments: probe_isolation(capture, segments),
         )
         if "plan" not in folder.card:
             folder.card["plan"] = _plan(config, loaded, capture, prepared)
@@ -205,11 +211,14 @@ def make_bucket(
     return data, provenance
 
 
-def _check_context(config: HarvestConfig, loaded: LoadedModel, tokenizer: Any) -> None:
-    """Refuse contexts longer than the model was made for."""
-    limits = [limit for limit in (loaded.context_limit, tokenizer.model_max_length) if limit]
-    if limits and config.context_length > min(limits):
-        raise ConfigError(f"context_length {config.context_length}: this model and its tokenizer allow {min(limits)}")
+def _context_length(config: HarvestConfig, loaded: LoadedModel, tokenizer: Any) -> int:
+    """Return the longest context, and refuse one longer than the model was made for."""
+    limit = min((limit for limit in (loaded.context_limit, tokenizer.model_max_length) if limit), default=None)
+    if config.context_length is None:
+        return DEFAULT_CONTEXT_LENGTH if limit is None else min(DEFAULT_CONTEXT_LENGTH, limit)
+    if limit is not None and config.context_length > limit:
+        raise ConfigError(f"context_length {config.context_length}: this model and its tokenizer allow {limit}")
+    return config.context_length
 
 
 def _check_disk(root: Path, writer: DatasetWriter, missing: list[tuple[str, int]]) -> None:
