@@ -37,13 +37,14 @@ def left_padded(rows: Sequence[Tensor], pad: int = 7) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-@pytest.mark.parametrize("where", ["all", "prompt", "generated"])
-@pytest.mark.parametrize("rule", ["threshold", "topk"])
+@pytest.mark.parametrize(
+    ("rule", "where"), [("threshold", "all"), ("threshold", "generated"), ("topk", "all"), ("topk", "prompt")]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_is_the_same_cached_uncached_and_padded(kind: str, rule: str, where: Any) -> None:
     model, sae = make_model(kind), make_sae(rule, kind)
     prompts = [some_ids(1, length, seed=length)[0] for length in (5, 11, 8)]
-    plain = torch.cat([greedy(model, prompt[None]) for prompt in prompts])
+    plain = greedy(model, *left_padded(prompts))
     with steer(model, sae, EDITS, where=where):
         cached = torch.cat([greedy(model, prompt[None]) for prompt in prompts])
         uncached = greedy(model, prompts[1][None], use_cache=False)
@@ -74,7 +75,7 @@ def test_prompt_generated_and_all_are_different_texts() -> None:
     model, sae, ids = make_model("llama"), make_sae("topk"), some_ids(1, 9)
     texts = [greedy(model, ids, new=24)]
     for where in ("all", "prompt", "generated"):
-        with steer(model, sae, EDITS, where=where):  # type: ignore[arg-type]
+        with steer(model, sae, EDITS, where=where):
             texts.append(greedy(model, ids, new=24))
     assert len({tuple(text[0].tolist()) for text in texts}) == 4
 
@@ -132,8 +133,8 @@ def test_the_prompt_may_be_read_in_pieces_and_guessed_ahead(where: Any) -> None:
     ids[0, 6:9] = ids[0, 1:4]  # something to look up
     with steer(model, sae, EDITS, where=where):
         expected = greedy(model, ids, new=32)
-        for options in ({"prefill_chunk_size": 4}, {"prefill_chunk_size": 6}, {"prompt_lookup_num_tokens": 3}):
-            assert torch.equal(greedy(model, ids, new=32, **options), expected)
+        for option, size in (("prefill_chunk_size", 4), ("prefill_chunk_size", 6), ("prompt_lookup_num_tokens", 3)):
+            assert torch.equal(greedy(model, ids, None, new=32, **{option: size}), expected)
 
 
 def test_positions_in_passes_that_are_called_by_hand() -> None:
@@ -150,7 +151,7 @@ def test_positions_in_passes_that_are_called_by_hand() -> None:
         position = torch.arange(12).expand(2, -1)
         with steered_by_hand(model, "qwen3", sae, RULES, position < 7 if where == "prompt" else position >= 7):
             expected = model(input_ids=ids).logits
-        with steer(model, sae, EDITS, where=where) as steering:  # type: ignore[arg-type]
+        with steer(model, sae, EDITS, where=where) as steering:
             other = model(input_ids=ids[:, :3], use_cache=True)  # a second text, between the steps of the first
             out = model(input_ids=ids[:, :7], use_cache=True)
             parts = [out.logits]
@@ -176,7 +177,7 @@ def test_a_prompt_of_embeddings() -> None:
     model, sae, ids = make_model("llama"), make_sae("threshold"), some_ids(1, 9)
     embeds = model.get_input_embeddings()(ids)
     for where in ("all", "prompt", "generated"):
-        with steer(model, sae, EDITS, where=where, skip_special=False):  # type: ignore[arg-type]
+        with steer(model, sae, EDITS, where=where, skip_special=False):
             expected = greedy(model, ids, new=16)
             given = model.generate(
                 inputs_embeds=embeds,
@@ -196,20 +197,21 @@ def test_the_demo_model_writes_the_same_text_cached_uncached_and_padded(rule: st
     from saeforge.lm.causal import load_causal_lm
 
     causal = load_causal_lm("demo", dtype="float32")
-    model, d = causal.model, causal.model.config.hidden_size  # type: ignore[union-attr]
-    layer = make_sae(rule, d=d)
+    model: Any = causal.model
+    layer = make_sae(rule, d=model.config.hidden_size)
     sae = SAE(
         layer.W_enc, layer.b_enc, layer.W_dec / 4, layer.b_dec, rule=layer.rule, threshold=layer.threshold, k=layer.k
     )
     texts = ["The bridge over the bay", "def main(argv):", "Once upon a time there was a small"]
     prompts = [torch.tensor(causal.tokenizer(text)["input_ids"]) for text in texts]
-    plain = torch.cat([greedy(model, prompt[None], eos_token_id=None) for prompt in prompts])
+    plain = greedy(model, *left_padded(prompts), eos_token_id=None)
     with steer(model, sae, EDITS, site="resid_post.3", tokenizer=causal.tokenizer) as steering:
         cached = torch.cat([greedy(model, prompt[None], eos_token_id=None) for prompt in prompts])
         assert torch.equal(greedy(model, prompts[0][None], eos_token_id=None, use_cache=False), cached[:1])
         assert torch.equal(greedy(model, *left_padded(prompts), eos_token_id=None), cached)
     assert (cached != plain).any(1).all()
     assert steering.audit().touched > 0
-    with steer(model, sae, {3: Scale(1), 5: Add(0)}, site="resid_post.3", tokenizer=causal.tokenizer):
+    nothing: dict[int, Edit] = {3: Scale(1), 5: Add(0)}
+    with steer(model, sae, nothing, site="resid_post.3", tokenizer=causal.tokenizer):
         unchanged = model(input_ids=prompts[0][None]).logits
     assert torch.equal(unchanged, model(input_ids=prompts[0][None]).logits)
