@@ -56,6 +56,19 @@ def test_the_wheel_carries_every_module_the_type_marker_and_nothing_else(wheel: 
     assert not [name for name in packed if name.endswith(".pyc")]
 
 
+def test_the_wheel_carries_the_demo_and_stays_small(wheel: zipfile.ZipFile) -> None:
+    """Whatever of the model and its text this tree has; the files of each are there together or not at all."""
+    packed = set(wheel.namelist())
+    passages = {name for name in packed if name.startswith("saeforge/demo/passages/")}
+    assert len(passages) == len(list((ROOT / "saeforge/demo/passages").glob("*.jsonl"))) >= 16
+    model = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "training.json")
+    for folder, files in (("model", model), ("", ("text.jsonl.gz", "text.json"))):
+        here = {file for file in files if (ROOT / "saeforge/demo" / folder / file).is_file()}
+        assert here in (set(), set(files))
+        assert {(Path("saeforge/demo") / folder / file).as_posix() for file in here} <= packed
+    assert sum(entry.compress_size for entry in wheel.infolist()) < 30e6
+
+
 def test_the_wheel_carries_the_licence_and_the_entry_points(wheel: zipfile.ZipFile) -> None:
     info = f"saeforge-{__version__}.dist-info"
     assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
