@@ -265,8 +265,8 @@ class _Build:
                 path.unlink()
                 return False
             raise ConfigError(
-                f"{self.folder} holds an unfinished build with another {_difference(identity, self.identity)}; give the "
-                "same options to go on, or start again with --overwrite"
+                f"{self.folder} holds an unfinished build with another {_difference(identity, self.identity)}; "
+                "give the same options to go on, or start again with --overwrite"
             )
         self.aggregate.restore(state)
         self.next_unit = dict(zip(("statistics", "windows"), map(int, state["next_unit"]), strict=True))

@@ -165,7 +165,8 @@ class FeatureStore:
             {"source": source, "label": label, "score": score, "detail": json.loads(detail) if detail else None}
             for source, label, score, detail in labels
         ]
-        return Feature(*row[:-1], histogram, found)
+        values: dict[str, Any] = dict(zip(COLUMNS, row[:-1], strict=True))
+        return Feature(**values, histogram=histogram, labels=found)
 
     def top(self, latent: int, n: int = 20) -> list[Example]:
         """Return the strongest contexts of a latent, at most one of each segment, strongest first."""
@@ -249,12 +250,18 @@ class FeatureStore:
 
     def _examples(self, latent: int, kind: str, limit: int) -> list[Example]:
         self._check(latent)
+        names = ("range", "rank", "value", "document", "label", "split", "position")
         rows: Iterable[Any] = self._db.execute(
             "SELECT range, rank, value, name, label, split, position, window FROM examples "
             "LEFT JOIN documents ON documents.id = document WHERE latent = ? AND kind = ? ORDER BY range, rank LIMIT ?",
             (latent, kind, limit),
         )
-        return [Example(latent, kind, *row[:-1], *unpack_window(row[-1])) for row in rows]
+        examples = []
+        for *row, window in rows:
+            values: dict[str, Any] = dict(zip(names, row, strict=True))
+            tokens, activations, centre = unpack_window(window)
+            examples.append(Example(latent, kind, **values, tokens=tokens, values=activations, centre=centre))
+        return examples
 
 
 def progress_file(run: Path) -> Path:
