@@ -38,7 +38,7 @@ class LabelMeans:
 
     def direction(self, comparison: Comparison) -> np.ndarray:
         """Mean of the label's tokens minus mean of the others' tokens (d_in,)."""
-        return self.mean((comparison.label,)) - self.mean(comparison.against)
+        return np.asarray(self.mean((comparison.label,)) - self.mean(comparison.against))
 
 
 def random_latents(x: Tensor, density: np.ndarray, seed: int) -> SAE:

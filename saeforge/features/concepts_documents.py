@@ -51,14 +51,39 @@ class LabelledTexts:
             label[half] = rng.permutation(label[half])
         return replace(self, label=label, shuffled=seed)
 
+    def used_by(self, comparisons: Sequence[Comparison]) -> LabelledTexts:
+        """The documents that comparisons need; labels keep their numbers.
+
+        Raises:
+            ConfigError: a label has too few documents in a half.
+        """
+        needed = sorted({label for one in comparisons for label in (one.label, *one.against)})
+        keep = np.isin(self.label, needed)
+        chosen = np.flatnonzero(keep).tolist()
+        result = replace(
+            self,
+            texts=tuple(self.texts[i] for i in chosen),
+            names=tuple(self.names[i] for i in chosen),
+            label=self.label[keep],
+            train=self.train[keep],
+        )
+        for name, halves in result.counts().items():
+            for half, count in halves.items():
+                if count < MIN_DOCUMENTS:
+                    raise ConfigError(
+                        f"texts {self.source}: label {name!r} has {count} different {half} documents, at least "
+                        f"{MIN_DOCUMENTS} are needed; add some, or leave the label out"
+                    )
+        return result
+
     def counts(self) -> dict[str, dict[str, int]]:
         """Documents of each label in each half."""
         return {
-            name: {
+            self.labels[i]: {
                 "train": int(np.count_nonzero(self.train & (self.label == i))),
                 "test": int(np.count_nonzero(~self.train & (self.label == i))),
             }
-            for i, name in enumerate(self.labels)
+            for i in np.unique(self.label).tolist()
         }
 
 
@@ -89,7 +114,7 @@ def read_labelled(texts: str | Sequence[Document], *, seed: int = 0) -> Labelled
             text, and every other one is train.
 
     Raises:
-        ConfigError: no labels, fewer than two, too few documents of one, one text with two labels or in both halves.
+        ConfigError: no labels or only one, a split for some documents only, one text with two labels or in both halves.
     """
     if not isinstance(texts, str):
         source, found = "documents", list(texts)
@@ -135,13 +160,6 @@ def read_labelled(texts: str | Sequence[Document], *, seed: int = 0) -> Labelled
         raise ConfigError(
             f"texts {source}: all documents have the label {labels[0]!r}; a concept needs others beside it"
         )
-    for name, halves in result.counts().items():
-        for half, count in halves.items():
-            if count < MIN_DOCUMENTS:
-                raise ConfigError(
-                    f"texts {source}: label {name!r} has {count} different {half} documents, at least {MIN_DOCUMENTS} "
-                    "are needed; add some or remove the label"
-                )
     return result
 
 

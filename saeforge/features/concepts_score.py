@@ -107,7 +107,7 @@ class Judge:
         )
 
     def _figures(self, score: np.ndarray, unit: np.ndarray, comparison: Comparison) -> _Figures:
-        """Figures of a score (rows,) over rows that belong to documents; nothing of a test row reaches the threshold."""
+        """Figures of a score (rows,), each row of a document; no test row has a say in the threshold."""
         positive, negative = comparison.members(self.texts.label)
         train = self.texts.train
 
