@@ -32,8 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model("llama", folder / "model")
     sae = make_sae("threshold", d=D)
     sae.meta["model"] = {"name": str(folder / "model"), "revision": None, "files_sha256": None}
-    write_store(folder / "run")
-    sae.save(folder / "run" / "sae")
+    write_store(folder / "run", sae)
     return folder
 
 

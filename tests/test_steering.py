@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeforge.errors import ConfigError
+from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.lm.hooks import attach
 from saeforge.lm.sites import Site
 from saeforge.sae import SAE
@@ -278,7 +278,7 @@ def test_what_cannot_be_right_is_refused() -> None:
     edits: dict[int, Edit] = {3: Add(2)}
 
     def refuse(words: str, other: SAE = sae, given: Any = edits, on: Any = model, **options: Any) -> None:
-        with pytest.raises(ConfigError, match=words), steer(on, other, given, **options):
+        with pytest.raises(SaeforgeError, match=words), steer(on, other, given, **options):
             logits(model, ids)
 
     refuse("0 to 95", given={96: Clamp(0)})

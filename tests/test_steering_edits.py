@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
-import sqlite3
 from pathlib import Path
 
 import pytest
 
-from saeforge.errors import ConfigError
+from saeforge.errors import ConfigError, DatasetError
+from saeforge.features.schema import FORMAT, FORMAT_VERSION, create
+from saeforge.features.store import STORE_FILE, sae_digest
+from saeforge.sae import SAE
 from saeforge.steering import (
     Add,
     Clamp,
@@ -20,6 +24,7 @@ from saeforge.steering import (
     parse_edits,
     read_scales,
 )
+from tests.causal_models import make_sae
 
 
 @pytest.mark.parametrize(
@@ -100,38 +105,38 @@ def test_values_are_finite_numbers(value: float) -> None:
         Clamp(1, "mean")  # type: ignore[arg-type]
 
 
-def write_store(run: Path) -> Path:
-    """A RUN folder with the part of a feature store that steering reads."""
-    run.mkdir()
-    with sqlite3.connect(run / "features.sqlite") as store:
-        store.execute(
-            "CREATE TABLE latents(latent INTEGER PRIMARY KEY, count INTEGER, density REAL, mean REAL, max REAL, "
-            "p99 REAL)"
-        )
-        rows = [(0, 9, 0.1, 1.0, 8.0, 4.0), (3, 0, 0.0, None, None, None), (4, 0, 0.0, 0.0, 0.0, 0.0)]
-        store.executemany("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?)", rows)
-    store.close()
+def write_store(run: Path, sae: SAE) -> Path:
+    """A RUN folder with an SAE and features: latent 0 fires, all others never do."""
+    sae.save(run / "sae")
+    meta = {"format": FORMAT, "format_version": FORMAT_VERSION, "d_sae": sae.d_sae, "sae_digest": sae_digest(run)}
+    rows = [(n, 0, 0.0, 0.0, 0.0, 0.0, 0, "{}") for n in range(1, sae.d_sae)]
+    with contextlib.closing(create(run / STORE_FILE)) as store, store:
+        store.executemany("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [FIRES, *rows])
+        store.executemany("INSERT INTO meta VALUES (?, ?)", [(key, json.dumps(value)) for key, value in meta.items()])
     return run
 
 
-def test_sizes_come_from_the_feature_store(tmp_path: Path) -> None:
-    run = write_store(tmp_path / "run")
+FIRES = (0, 9, 0.1, 1.0, 8.0, 4.0, 2, "{}")  # latent, count, density, mean, max, p99, documents, histogram
+
+
+def test_sizes_come_from_the_features_of_the_run(tmp_path: Path) -> None:
+    run = write_store(tmp_path / "run", make_sae("topk"))
     expected = LatentScales({0: 8.0}, {0: 4.0})
     assert read_scales(run, [0]) == expected
-    assert read_scales(run, [0, 3, 77]) == expected
+    assert read_scales(run, [0, 3]) == expected
     assert read_scales(run / "sae", [0]) == expected
     assert (expected.size(0, "max"), expected.size(0, "p99")) == (8.0, 4.0)
 
 
 def test_sizes_that_are_not_known_are_one_line(tmp_path: Path) -> None:
-    scales = read_scales(write_store(tmp_path / "run"), [0, 3, 4])
+    run = write_store(tmp_path / "run", make_sae("topk"))
     with pytest.raises(ConfigError, match="latent 3: its p99 is not known"):
-        scales.size(3, "p99")
+        read_scales(run, [3]).size(3, "p99")
     with pytest.raises(ConfigError, match="latent 4: its max is 0, expected above 0"):
-        scales.size(4, "max")
-    with pytest.raises(ConfigError, match=r"run `saeforge features build .*nowhere`"):
-        read_scales(tmp_path / "nowhere", [0])
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "features.sqlite").write_text("no database at all, but text " * 99)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_scales(tmp_path / "damaged", [0])
+        LatentScales({4: 0.0}).size(4, "max")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match=r"saeforge features build .*empty"):
+        read_scales(tmp_path / "empty", [0])
+    make_sae("topk", seed=1).save(run / "sae")
+    with pytest.raises(DatasetError, match="another SAE"):
+        read_scales(run, [0])

@@ -120,6 +120,7 @@ def steer(
     Raises:
         ConfigError: edits, site or SAE that do not fit the model; in a forward pass: inputs that do not say which of
             its tokens may be edited.
+        DatasetError: `scales` is a RUN without features, or with those of another SAE.
     """
     parsed = parse_edits(edits)
     if not isinstance(scales, LatentScales | None):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from saeforge.errors import ConfigError
-
-STORE = "features.sqlite"
+from saeforge.features.store import STORE_FILE, FeatureStore
 
 
 @dataclass(frozen=True)
@@ -44,27 +41,23 @@ class LatentScales:
 
 
 def read_scales(run: str | Path, latents: Iterable[int]) -> LatentScales:
-    """Read latents' sizes from a RUN's feature store.
+    """Read latents' sizes from the features of a RUN.
 
     Args:
         run: RUN folder, or the sae/ folder inside one.
-        latents: which; those that the store does not know are left out.
+        latents: which.
 
     Raises:
-        ConfigError: there is no store, or it is damaged.
+        DatasetError: there are no features, or they are damaged, or of another SAE than the run's.
+        ConfigError: no such latent.
     """
     run = Path(run)
-    path = run.parent / STORE if run.name == "sae" and not (run / STORE).exists() else run / STORE
-    if not path.is_file():
-        raise ConfigError(f"units max and p99 need {path}, which does not exist; run `saeforge features build {run}`")
-    rows: list[tuple[int, float | None, float | None]] = []
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as store:
-            for latent in latents:
-                rows += store.execute("SELECT latent, max, p99 FROM latents WHERE latent = ?", (latent,))
-    except sqlite3.Error as error:
-        raise ConfigError(f"{path} cannot be read ({error}); run `saeforge features build {run}` again") from error
+    if run.name == "sae" and not (run / STORE_FILE).exists():
+        run = run.parent
+    with FeatureStore.open(run) as store:
+        found = {latent: store.latent(latent) for latent in latents}
+    fired = {latent: feature for latent, feature in found.items() if feature.count > 0}
     return LatentScales(
-        {latent: largest for latent, largest, _ in rows if largest is not None},
-        {latent: p99 for latent, _, p99 in rows if p99 is not None},
+        {latent: feature.max for latent, feature in fired.items()},
+        {latent: feature.p99 for latent, feature in fired.items()},
     )
