@@ -430,12 +430,12 @@ def test_damaged_or_foreign_texts_are_refused(home: Path, tmp_path: Path) -> Non
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(DatasetError, match=r"validation.keep.npy is damaged"):
-        saeforge.evaluate(sae, data=tmp_path / "acts", effect=True, device="cpu")
+        saeforge.evaluate(sae, data=tmp_path / "acts", device="cpu")
     path.unlink()
     with pytest.raises(DatasetError, match=r"validation.keep.npy is missing"):
         saeforge.evaluate(sae, data=tmp_path / "acts", effect=True, device="cpu")
     sae.meta["model"] = {**sae.meta["model"], "name": "other", "files_sha256": "0" * 64}
-    with pytest.raises(DatasetError, match="was harvested from model"):
+    with pytest.raises(ConfigError, match="was harvested from model"):
         saeforge.evaluate(sae, data=home / "acts-gpt2", effect=True, device="cpu")
 
 

@@ -36,7 +36,7 @@ EFFECT_CONVENTIONS = {
 _PASSES = ("sae", "zero", "mean")
 # Columns of the per-document sums: predictions, loss of the original, then loss, KL and agreement of each pass.
 _COLUMNS = ("tokens", "ce_original", *(f"{what}_{name}" for name in _PASSES for what in ("ce", "kl", "top1")))
-_LOGITS_BYTES = 1 << 27
+_LOGITS_BYTES = 1 << 26
 _MOST_CONTEXTS = 32
 
 
@@ -69,7 +69,7 @@ class Effect:
     Attributes:
         overall: of all documents.
         by_label: of the documents of each label, most tokens first; empty without labels.
-        settings: model, texts and bootstrap, as plain JSON values.
+        settings: contexts, dtype and bootstrap, and what the caller adds, as plain JSON values.
     """
 
     overall: EffectMetrics
@@ -89,6 +89,7 @@ def measure_effect(
     *,
     contexts_at_once: int | None = None,
     seed: int = 0,
+    about: dict[str, Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Effect:
     """Run the model as it is, with the SAE, with zeros and with the mean activation at its site.
@@ -98,9 +99,10 @@ def measure_effect(
         sae: activations of kept rows (rows, d_in) -> reconstruction (rows, d_out).
         mean: (d_out,) mean activation of the train split.
         texts: what to run on.
-        contexts_at_once: contexts of a batch; None: as many as keep a pass's logits below 128 MiB, at most 32. The
+        contexts_at_once: contexts of a batch; None: as many as keep a pass's logits below 64 MiB, at most 32. The
             result does not depend on it but for rounding.
         seed: of the bootstrap.
+        about: plain JSON values to record among the settings.
         on_progress: called with (contexts done, contexts in all).
 
     Raises:
@@ -129,6 +131,7 @@ def measure_effect(
         if on_progress is not None:
             on_progress(done, texts.n_contexts)
     settings = {
+        **(about or {}),
         "contexts": texts.n_contexts,
         "contexts_in_split": texts.n_all,
         "packed": texts.contexts.packed,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from saeforge.data.manifest import Manifest
-from saeforge.errors import DatasetError
+from saeforge.errors import ConfigError, DatasetError
 from saeforge.lm.capture import TokenBatch
 from saeforge.lm.pack import Contexts, hash_file
 
@@ -58,13 +58,14 @@ class HeldOutTexts:
         documents: records (id, name, label, split) by document number.
 
     Raises:
-        DatasetError: the dataset holds no texts, or damaged ones, or nothing to score.
+        ConfigError: the dataset was made without texts, or they leave nothing to score.
+        DatasetError: the texts are damaged or lost.
     """
 
     def __init__(self, root: Path, manifest: Manifest, split: str, *, budget: int) -> None:
         record, folder = manifest.packing, root / "tokens"
         if not record or split not in record["splits"]:
-            raise DatasetError(f"{root} holds activations without their texts; harvest with `saeforge harvest`")
+            raise ConfigError(f"{root} holds activations without their texts; harvest with `saeforge harvest`")
         for name, sha256 in record["files"].items():
             if name.startswith(f"{split}.") or name == "documents.jsonl":
                 if not (folder / name).is_file():
@@ -75,7 +76,7 @@ class HeldOutTexts:
         self.n_all = len(self.contexts)
         self.n_contexts, self.tokens = self._within(budget)
         if self.tokens == 0:
-            raise DatasetError(f"the {split} texts of {root} hold no two kept tokens side by side; nothing to predict")
+            raise ConfigError(f"the {split} texts of {root} hold no two kept tokens side by side; nothing to predict")
         self.longest = int(np.diff(self.contexts.offsets[: self.n_contexts + 1]).max())
         with (folder / "documents.jsonl").open(encoding="utf-8") as file:
             self.documents: dict[int, dict[str, Any]] = {line["id"]: line for line in map(json.loads, file)}

@@ -114,16 +114,21 @@ def evaluate(
     if effect is not False:
         try:
             spliced, texts = _open_effect(sae, root, source, split, budget=effect_tokens, model=model, device=place)
-        except (ConfigError, DatasetError) as error:
+            found = measure_effect(
+                spliced,
+                sae,
+                torch.tensor(source.statistics[1].mean),
+                texts,
+                contexts_at_once=batch_contexts,
+                seed=seed,
+                about={"model": model or sae.meta["model"]["name"], "device": place, "effect_tokens": effect_tokens},
+                on_progress=progress("model"),
+            )
+            reason = None
+        except ConfigError as error:  # something is not there; what is there and damaged stays an error
             if effect is True:
                 raise
             reason = str(error)
-        else:
-            mean, reason = torch.tensor(source.statistics[1].mean), None
-            found = measure_effect(
-                spliced, sae, mean, texts, contexts_at_once=batch_contexts, seed=seed, on_progress=progress("model")
-            )
-            found.settings.update(model=sae.meta["model"]["name"], effect_tokens=effect_tokens, device=place)
     about = {
         "sae": {"d_in": sae.d_in, "d_sae": sae.d_sae, "rule": sae.rule, "variant": sae.meta.get("variant")},
         "site": (sae.meta.get("site") or {}).get("id"),
@@ -165,16 +170,16 @@ def _open_effect(
     """Load the SAE's causal language model, and open the texts behind the activations.
 
     Raises:
-        ConfigError: no such model, or it is no causal language model.
-        DatasetError: no texts, or texts in another model's tokens.
+        ConfigError: no such model, no causal one, no texts, or texts in another model's tokens.
+        DatasetError: damaged texts.
     """
     origin = origin_of(sae, model=model)
     manifest = source.input.manifest
     texts = HeldOutTexts(root, manifest, split, budget=budget)
     card = sae.meta["model"]
-    same = [key for key in ("files_sha256", "name") if manifest.model.get(key) == card.get(key) is not None]
-    if not same:
-        raise DatasetError(
+    # The files tell where there are any: a name may be a path that moved.
+    if all(card.get(key) is None or manifest.model.get(key) != card[key] for key in ("files_sha256", "name")):
+        raise ConfigError(
             f"{root} was harvested from model {manifest.model.get('name')!r}, this SAE is of {card['name']!r}; "
             "give a dataset of its own model with --data"
         )

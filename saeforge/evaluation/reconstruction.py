@@ -21,7 +21,7 @@ CONVENTIONS = {
     "reconstruction_bias": "sum |x_hat|^2 / sum x.x_hat (Rajamanoharan et al. 2024, eq. 10); below 1 is shrinkage",
     "dead": "latents that fired on no evaluated token; such a latent's rate is below 3 / tokens with 95% confidence",
     "dense_1pct, dense_10pct": "latents that fired on more than 1% and 10% of the evaluated tokens",
-    "tokens": "held-out documents only; special tokens and padding are not in the dataset",
+    "tokens": "documents of the named split only; special tokens and padding are not in the dataset",
 }
 
 

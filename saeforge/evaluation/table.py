@@ -35,9 +35,10 @@ def summary_rows(result: Evaluation) -> list[tuple[str, str, str]]:
         ]
     m = result.metrics
     share = 100 / result.d_sae
+    held_out = result.about["split"] != "train"
     return [
         *rows,
-        ("tokens", f"{m.tokens:,}", "held-out documents"),
+        ("tokens", f"{m.tokens:,}", "of held-out documents" if held_out else "of TRAINING documents"),
         ("L0", f"{m.l0_mean:.2f}", f"p5 {m.l0_p5}, p50 {m.l0_p50}, p95 {m.l0_p95}"),
         ("FVU", f"{m.fvu:.4f}", "share of variance not explained; 0 is perfect, 1 predicts the mean"),
         ("cosine", f"{m.cosine:.4f}", ""),
