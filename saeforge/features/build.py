@@ -252,7 +252,7 @@ class _Build:
         if not path.is_file():
             return False
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # it leaves a damaged one open
                 state = {name: file[name] for name in file.files}
             identity = json.loads(str(state["identity"]))
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:

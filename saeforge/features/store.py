@@ -120,21 +120,30 @@ class FeatureStore:
             unfinished = progress_file(run).is_file()
             state = "is not finished; the same command goes on" if unfinished else "is not there"
             raise DatasetError(f"{path} {state}: saeforge features build {run}")
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         try:
-            store = cls(path, sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True))
+            store = cls(path, connection)
+            store._check_meta(run)
         except (sqlite3.DatabaseError, KeyError, ValueError) as error:
+            connection.close()
             raise DatasetError(f"{path} is damaged ({error}); build it again with --overwrite") from error
-        version = store.meta.get("format_version")
-        if store.meta.get("format") != FORMAT or not isinstance(version, int):
-            raise DatasetError(f"{path} is not a store of features; build it again with --overwrite")
-        if version > FORMAT_VERSION:
-            raise DatasetError(f"{path} has format {version}, this saeforge reads up to {FORMAT_VERSION}; upgrade it")
-        digest = sae_digest(run)
-        if digest not in (None, store.meta["sae_digest"]):
-            raise DatasetError(
-                f"{path} belongs to another SAE than the one in {run}: saeforge features build {run} --overwrite"
-            )
+        except DatasetError:
+            connection.close()
+            raise
         return store
+
+    def _check_meta(self, run: Path) -> None:
+        version = self.meta["format_version"]
+        if self.meta["format"] != FORMAT or not isinstance(version, int):
+            raise DatasetError(f"{self.path} is not a store of features; build it again with --overwrite")
+        if version > FORMAT_VERSION:
+            raise DatasetError(
+                f"{self.path} has format {version}, this saeforge reads up to {FORMAT_VERSION}; upgrade it"
+            )
+        if sae_digest(run) not in (None, self.meta["sae_digest"]):
+            raise DatasetError(
+                f"{self.path} belongs to another SAE than the one in {run}: saeforge features build {run} --overwrite"
+            )
 
     def close(self) -> None:
         """Close the file."""
