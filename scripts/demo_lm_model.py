@@ -72,9 +72,9 @@ class Shape:
             "pad_token_id": PAD,
         }
 
-    def build(self) -> LlamaForCausalLM:
+    def build(self, attention: str = "sdpa") -> LlamaForCausalLM:
         """A network with fresh weights, from torch's global generator."""
-        return LlamaForCausalLM(LlamaConfig.from_dict(self.config()))
+        return LlamaForCausalLM(LlamaConfig.from_dict(self.config(), attn_implementation=attention))
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ class Recipe:
     """What decides the result, apart from text and length; a checkpoint goes on only with the recipe it began with."""
 
     shape: Shape = field(default_factory=Shape)
-    batch_tokens: int = 16384
-    micro_batch: int = 16  # sequences at once
-    lr: float = 2e-3
+    batch_tokens: int = 8192
+    lr: float = 4e-3
     warmup: int = 100  # steps
     temperature: float = 0.5
     dropout: float = 0.1
