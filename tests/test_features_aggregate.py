@@ -25,7 +25,7 @@ D_SAE = 12
 
 
 def make_dense(n: int = 3000, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (n, D_SAE) of many strengths with ties, from never to always active, and keys of the rows in any order."""
+    """Latents (n, D_SAE) of many strengths with ties, from never to always active; keys of the rows in any order."""
     rng = np.random.default_rng(seed)
     dense = np.exp(rng.normal(0, 2, (n, D_SAE))).astype(np.float32)
     dense[:, 1] = np.round(dense[:, 1])  # many equal values, zeros among them

@@ -13,7 +13,7 @@ from saeforge.features.pieces import Pieces
 from saeforge.lm.load import load_tokenizer
 from tests.tiny_models import make_documents, save_model
 
-TEXT = "the cat – ‘sät’ on 日本語, 🦜🏳️‍🌈\n\tà 7 hills"
+TEXT = "the cat “sät” on 日本語, 🦜🏳️‍🌈\n\tà 7 hills"
 
 
 def bytes_only() -> Any:
