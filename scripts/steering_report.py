@@ -31,8 +31,8 @@ def report(path: Path, sae: SAE, target: str, setting: Any, results: dict[str, A
         f"{setting.prompts} English prompts of {setting.prompt_tokens} tokens for choosing (training passages) and as "
         f"many for this report (held-out passages), {setting.seeds} seeds each, {setting.new_tokens} new tokens at "
         f"temperature {setting.temperature}, top-p {setting.top_p}. A classifier of character n-grams (training "
-        f"passages; right on {results['classifier_accuracy']:.1%} of held-out pieces) names the language. Brackets: 95% "
-        "bootstrap over prompts.",
+        f"passages; right on {results['classifier_accuracy']:.1%} of held-out pieces) names the language. Brackets: "
+        "95% bootstrap over prompts.",
         "",
         "## Amplified",
         "",
@@ -60,7 +60,8 @@ def report(path: Path, sae: SAE, target: str, setting: Any, results: dict[str, A
     lines += [
         "",
         f"Distinct-2 is pooled over a prompt's {setting.seeds} continuations. Loss: nats a token of the continuations "
-        f"under the plain model given their prompts, less that of the plain model's own continuations of {target} prompts.",
+        f"under the plain model given their prompts, less that of the plain model's own continuations of {target} "
+        "prompts.",
         "",
         "## Dose and response, on the prompts for choosing",
         "",
