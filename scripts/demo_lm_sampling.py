@@ -15,6 +15,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from transformers import LlamaForCausalLM
 
 PIECE = 150  # characters, about as long as 50 tokens
+HEAD = 512  # tokens; the likeliest ones are rarely more
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,28 @@ def continuations(
         output = model(input_ids=tokens, past_key_values=past, use_cache=True)
         past, logits = output.past_key_values, output.logits[:, -1].double() / how.temperature
         logits[:, [PAD, BOS, EOS]] = -torch.inf
-        p, ids = logits.softmax(-1).sort(descending=True, stable=True)
-        p[p.cumsum(-1) - p >= how.top_p] = 0  # keeps the token that crosses the limit
-        reach = p.cumsum(-1)
-        drawn = torch.from_numpy(rng.random(len(prompts)))[:, None] * reach[:, -1:]
-        tokens = ids.gather(1, (reach <= drawn).sum(-1, keepdim=True))
+        tokens = _pick(logits.softmax(-1), torch.from_numpy(rng.random(len(prompts))), how.top_p)
         drawn_tokens.append(tokens)
         if on_token is not None:
             on_token()
     return torch.cat(drawn_tokens, dim=1).tolist()
+
+
+def _pick(p: torch.Tensor, at: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Of each row of probabilities, the token at the place `at` (0 to 1) among the likeliest ones that make `top_p`."""
+    few = min(HEAD, p.shape[-1])
+    head, ids = p.topk(few)  # a fifth of the time of sorting all of them
+    tokens = _pick_sorted(head, ids, at, top_p)
+    if few < p.shape[-1] and bool((flat := head.sum(-1) < top_p).any()):
+        tokens[flat] = _pick_sorted(*p[flat].sort(descending=True, stable=True), at[flat], top_p)
+    return tokens
+
+
+def _pick_sorted(p: torch.Tensor, ids: torch.Tensor, at: torch.Tensor, top_p: float) -> torch.Tensor:
+    p = p.where(p.cumsum(-1) - p < top_p, 0)  # keeps the token that crosses the limit
+    reach = p.cumsum(-1)
+    chosen = (reach <= at[:, None] * reach[:, -1:]).sum(-1, keepdim=True)
+    return ids.gather(1, chosen.clamp(max=p.shape[-1] - 1))
 
 
 def train_classifier(documents: Sequence[Document]) -> Pipeline:

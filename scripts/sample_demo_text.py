@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=text_path(), help="file to write, .jsonl.gz")
     parser.add_argument("--tokens", type=int, default=32_000, help="of each label, at least")
     parser.add_argument("--labels", nargs="+", help="only these")
-    parser.add_argument("--batch", type=int, default=160, help="samples drawn together")
+    parser.add_argument("--batch", type=int, default=96, help="samples drawn together")
     parser.add_argument("--most-tries", type=float, default=4.0, help="give up after this many times the tokens")
     parser.add_argument("--unfiltered", action="store_true", help="keep a sample whatever its label looks like")
     parser.add_argument("--threads", type=int, default=1, help="another number may give other text")

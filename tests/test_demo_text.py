@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from saeforge.demo import model_path, text_path
 from saeforge.errors import ConfigError
@@ -233,6 +234,30 @@ def test_what_the_script_refuses(script: Any, model: Path) -> None:
     assert kept.texts == [script.whole_words(good)]
     assert kept.refused == {"repeated": 1, "broken": 2, "like a passage": 1, "named otherwise": 2}
     assert (kept.drawn, kept.named["another script"]) == (7, 1)
+
+
+def test_a_token_is_picked_by_its_place_in_the_nucleus(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the definition, row by row; with a short head some rows' nuclei do not fit into it."""
+    sampling = importlib.import_module("demo_lm_sampling")
+    monkeypatch.setattr(sampling, "HEAD", 8)
+    generator = torch.Generator().manual_seed(0)
+    sharpness = torch.linspace(0.1, 8, 60, dtype=torch.float64)[:, None]
+    p = (torch.randn(60, 40, generator=generator, dtype=torch.float64) * sharpness).softmax(-1)
+    at = torch.rand(60, generator=generator, dtype=torch.float64)
+    fits = p.topk(8).values.sum(-1) >= 0.9
+    assert fits.any()
+    assert not fits.all()
+    for row, place, token in zip(p.tolist(), at.tolist(), sampling._pick(p, at, 0.9)[:, 0].tolist(), strict=True):
+        nucleus: list[int] = []
+        for candidate in sorted(range(40), key=lambda i: -row[i]):
+            if sum(row[i] for i in nucleus) < 0.9:
+                nucleus.append(candidate)
+        left = place * sum(row[i] for i in nucleus)
+        for candidate in nucleus:
+            left -= row[candidate]
+            if left < 0:
+                break
+        assert token == candidate
 
 
 @pytest.mark.parametrize(
