@@ -399,6 +399,17 @@ def test_marks_and_bars() -> None:
     assert histogram_bars({}) == ""
 
 
+def test_ctrl_c_says_how_to_go_on(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "build_features", interrupted)
+    assert main(["features", "build", str(home / "topk")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def fails(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of a command that must fail."""
     assert main(["features", *args]) == 2
@@ -444,6 +455,11 @@ def test_a_store_of_another_sae_or_a_damaged_one_is_refused(home: Path, tmp_path
     (run / "features.sqlite").write_bytes(b"nothing of the kind" * 100)
     with pytest.raises(DatasetError, match="damaged"):
         FeatureStore.open(run)
+    (run / "features.sqlite").write_bytes(store)
+    middle = len(store) // 2
+    (run / "features.sqlite").write_bytes(store[:middle] + b"\xff" * 200_000 + store[middle + 200_000 :])
+    with FeatureStore.open(run) as damaged, pytest.raises(DatasetError, match="damaged"):
+        [damaged.top(latent) for latent in range(D_SAE)]
     (run / "features.sqlite").write_bytes(store)
     with contextlib.closing(sqlite3.connect(run / "features.sqlite")) as connection, connection:
         connection.execute("UPDATE meta SET value = '99' WHERE key = 'format_version'")

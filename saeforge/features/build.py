@@ -299,6 +299,9 @@ def _open_source(
     site = (sae.meta.get("site") or {}).get("id")
     origin = origin_of(sae, model=model) if model or sae.meta.get("model") else None
     source = ShardRows(str(path), site=site, split=split, max_tokens=max_tokens, unit_rows=unit_rows, origin=origin)
+    hashes = [card.get("files_sha256") for card in (sae.meta.get("model") or {}, source.dataset.manifest.model)]
+    if None not in hashes and hashes[0] != hashes[1]:
+        raise DatasetError(f"{path} holds activations of another model than the SAE's; give its own with --data")
     if source.dataset.d != sae.d_in:
         raise DatasetError(
             f"{path} holds activations {source.dataset.d} wide, this SAE reads {sae.d_in}; give its own with --data"

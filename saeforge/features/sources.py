@@ -254,8 +254,7 @@ class TextRows(RowSource):
         self.identity = {
             "source": "text",
             "text_sha256": digest.hexdigest(),
-            "model": loaded.card["name"],
-            "model_sha256": loaded.card["files_sha256"],
+            "model": loaded.card["files_sha256"] or loaded.card["name"],
             "tokenizer": tokenizer_card(self.tokenizer)["sha256"],
             "site": origin.site.id,
             "context_length": length,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,8 +165,8 @@ class FeatureStore:
             ConfigError: there is no such latent.
         """
         self._check(latent)
-        (row,) = self._db.execute(f"SELECT {', '.join(COLUMNS)}, histogram FROM latents WHERE latent = ?", (latent,))
-        labels = self._db.execute(
+        (row,) = self._query(f"SELECT {', '.join(COLUMNS)}, histogram FROM latents WHERE latent = ?", (latent,))
+        labels = self._query(
             "SELECT source, label, score, detail FROM labels WHERE latent = ? ORDER BY score DESC, source, label",
             (latent,),
         )
@@ -199,7 +200,7 @@ class FeatureStore:
         Raises:
             ConfigError: no word in the query.
         """
-        found = self._db.execute(
+        found = self._query(
             "SELECT rowid, -bm25(search, 10.0, 5.0, 1.0) AS score, labels, snippet(search, -1, '⟦', '⟧', '…', 24) "
             "FROM search WHERE search MATCH ? ORDER BY score DESC, rowid LIMIT ?",
             (_fts_query(query), limit),
@@ -215,8 +216,8 @@ class FeatureStore:
         if sort not in COLUMNS:
             raise ConfigError(f"sort {sort!r}: expected one of {', '.join(COLUMNS)}")
         order = "latent" if sort == "latent" else f"{sort} DESC, latent"
-        rows = self._db.execute(f"SELECT latent FROM latents WHERE count > 0 ORDER BY {order} LIMIT ?", (limit,))
-        return [self.latent(latent) for (latent,) in rows.fetchall()]
+        rows = self._query(f"SELECT latent FROM latents WHERE count > 0 ORDER BY {order} LIMIT ?", (limit,))
+        return [self.latent(latent) for (latent,) in rows]
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of all latents, float64 (d_sae,).
@@ -226,7 +227,7 @@ class FeatureStore:
         """
         if name not in COLUMNS:
             raise ConfigError(f"column {name!r}: expected one of {', '.join(COLUMNS)}")
-        rows = self._db.execute(f"SELECT {name} FROM latents ORDER BY latent").fetchall()
+        rows = self._query(f"SELECT {name} FROM latents ORDER BY latent")
         return np.array([value for (value,) in rows], dtype=np.float64)
 
     def add_labels(self, source: str, rows: Iterable[Label | tuple[int, str, float | None]]) -> None:
@@ -253,6 +254,17 @@ class FeatureStore:
         except sqlite3.OperationalError as error:
             raise DatasetError(f"could not write labels to {self.path} ({error}); free space and try again") from error
 
+    def _query(self, sql: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        """Return all rows of a query.
+
+        Raises:
+            DatasetError: the file is damaged.
+        """
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise DatasetError(f"{self.path} is damaged ({error}); build it again with --overwrite") from error
+
     def _check(self, latent: int) -> None:
         if not 0 <= latent < self.d_sae:
             raise ConfigError(f"there is no latent {latent}: this SAE has {self.d_sae:,}, 0 to {self.d_sae - 1}")
@@ -260,7 +272,7 @@ class FeatureStore:
     def _examples(self, latent: int, kind: str, limit: int) -> list[Example]:
         self._check(latent)
         names = ("range", "rank", "value", "document", "label", "split", "position")
-        rows: Iterable[Any] = self._db.execute(
+        rows = self._query(
             "SELECT range, rank, value, name, label, split, position, window FROM examples "
             "LEFT JOIN documents ON documents.id = document WHERE latent = ? AND kind = ? ORDER BY range, rank LIMIT ?",
             (latent, kind, limit),
@@ -268,7 +280,10 @@ class FeatureStore:
         examples = []
         for *row, window in rows:
             values: dict[str, Any] = dict(zip(names, row, strict=True))
-            tokens, activations, centre = unpack_window(window)
+            try:
+                tokens, activations, centre = unpack_window(window)
+            except (zlib.error, ValueError, KeyError) as error:
+                raise DatasetError(f"{self.path} is damaged ({error}); build it again with --overwrite") from error
             examples.append(Example(latent, kind, **values, tokens=tokens, values=activations, centre=centre))
         return examples
 
