@@ -29,6 +29,8 @@ from saeforge.features.concepts_measure import (
     read_latents,
 )
 from saeforge.features.concepts_score import RESAMPLES, Judge, Score, average_scores
+from saeforge.features.schema import Label
+from saeforge.features.store import STORE_FILE, FeatureStore
 from saeforge.lm.device import resolve_device
 from saeforge.lm.text import Document
 from saeforge.sae import SAE, load
@@ -56,6 +58,29 @@ CONVENTIONS = {
 }
 
 
+#: Claims about a label's latent, by token AUROC on test documents.
+CLAIMS = {
+    "random": "lower bound above the upper bound of the best random latents",
+    "control": "lower bound above the upper bound of the control's best latent",
+    "difference_of_means": f"at least the difference of means minus {TOLERANCE}",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A claim that does not hold.
+
+    Attributes:
+        claim: key of `CLAIMS`.
+        found: the latent's figure.
+        needed: what it would have to exceed.
+    """
+
+    claim: str
+    found: float
+    needed: float
+
+
 @dataclass(frozen=True)
 class Concept:
     """A row of the table.
@@ -69,7 +94,7 @@ class Concept:
         difference_of_means: the direction between the means of raw activations.
         probe: logistic probe, or None if it was left out.
         control: best latent of the control SAE, or None.
-        failures: claims that do not hold, in words.
+        failures: claims that do not hold.
     """
 
     label: str
@@ -80,7 +105,7 @@ class Concept:
     difference_of_means: Score
     probe: Score | None
     control: Score | None
-    failures: tuple[str, ...]
+    failures: tuple[Failure, ...]
 
     @property
     def latent(self) -> int:
@@ -115,8 +140,16 @@ class ConceptTable:
         return {"concepts": concepts, "notes": list(self.notes), "conventions": CONVENTIONS, **self.about}
 
     def failures(self) -> list[str]:
-        """Claims that do not hold, of all labels."""
-        return [f"{concept.label}: {text}" for concept in self.concepts for text in concept.failures]
+        """Claims that do not hold, one line each with the labels."""
+        lines = []
+        for claim, words in CLAIMS.items():
+            found = [
+                (row.label, failure) for row in self.concepts for failure in row.failures if failure.claim == claim
+            ]
+            if found:
+                figures = ", ".join(f"{label} {one.found:.3f} <= {one.needed:.3f}" for label, one in found)
+                lines.append(f"not {words}: {figures}")
+        return lines
 
 
 def concept_table(
@@ -165,6 +198,9 @@ def concept_table(
         raise ConfigError(f"choose_by {choose_by!r}: expected 'token' or 'document'")
     if probe:
         check_probe()
+    folder = None if isinstance(run, SAE) or shuffle_labels is not None else Path(run)
+    if folder is not None and (folder / STORE_FILE).is_file():
+        FeatureStore.open(folder).close()  # a store of another SAE is told now, not after the work
     place = resolve_device(device)
     sae = (run if isinstance(run, SAE) else load(run)).to(place)
     control_sae = control if control is None or isinstance(control, SAE) else load(control)
@@ -221,13 +257,15 @@ def concept_table(
         "versions": {"saeforge": __version__, "torch": torch.__version__, "numpy": np.__version__},
     }
     table = ConceptTable(tuple(concepts), about, tuple(_notes(documents, baselines, probe=probe)))
-    folder = None if isinstance(run, SAE) else Path(run)
-    if folder is None or shuffle_labels is not None or not (folder / "sae").is_dir():
+    if folder is None or not (folder / "sae").is_dir():
         return table
-    table = replace(table, path=folder / "concepts.json")
-    assert table.path is not None
-    write_json(table.path, table.to_json())
-    return table
+    path = folder / "concepts.json"
+    write_json(path, table.to_json())
+    if (folder / STORE_FILE).is_file():
+        stored = _store_labels(folder, table)
+    else:
+        stored = f"no {STORE_FILE} here to put labels in: after `saeforge features build` run this again"
+    return replace(table, path=path, notes=(*table.notes, stored))
 
 
 def _train_tokens(sae: SAE, reader: Reader, protocol: Protocol) -> tuple[LabelMeans, TokenSample]:
@@ -245,23 +283,27 @@ def _judge_control(sae: SAE, protocol: Protocol, device: str, context_length: in
     return [top[0].score for top in found.top(judge, protocol, 1)]
 
 
-def _failures(row: Concept) -> list[str]:
-    """Which claims of the token AUROC do not hold for a label."""
-    mine = row.sae.token_auroc
+def _failures(row: Concept) -> list[Failure]:
+    mine, means = row.sae.token_auroc, row.difference_of_means.token_auroc.value
     found = []
-    for name, other in (("best random latent", row.random), ("control's best latent", row.control)):
+    for claim, other in (("random", row.random), ("control", row.control)):
         if other is not None and mine.low <= other.token_auroc.high:
-            found.append(
-                f"the lower bound {mine.low:.3f} of latent {row.latent} is not above the upper bound "
-                f"{other.token_auroc.high:.3f} of the {name}"
-            )
-    means = row.difference_of_means.token_auroc.value
+            found.append(Failure(claim, mine.low, other.token_auroc.high))
     if mine.value < means - TOLERANCE:
-        found.append(
-            f"latent {row.latent} with {mine.value:.3f} is more than {TOLERANCE} below the difference of means "
-            f"with {means:.3f}"
-        )
+        found.append(Failure("difference_of_means", mine.value, means - TOLERANCE))
     return found
+
+
+def _store_labels(folder: Path, table: ConceptTable) -> str:
+    """Hand the labels to the run's feature store: those of latents that clear what chance and the control reach."""
+    good = [row for row in table.concepts if not {"random", "control"} & {one.claim for one in row.failures}]
+    labels = [
+        Label(row.latent, row.label, row.sae.token_auroc.value, {"against": list(row.against), **asdict(row.sae)})
+        for row in good
+    ]
+    with FeatureStore.open(folder) as store:
+        store.add_labels("concepts", labels)
+    return f"{len(good)} of {len(table.concepts)} labels went to {folder / STORE_FILE}; the others fail a claim"
 
 
 def _notes(texts: LabelledTexts, baselines: Baselines, *, probe: bool) -> list[str]:

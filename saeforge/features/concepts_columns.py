@@ -1,8 +1,8 @@
 """The non-zeros of latents over all tokens of labelled documents, and what they say of every latent.
 
 Of a pass over the texts only non-zeros stay: 8 bytes each (row and value), and 8 bytes per latent and batch. 1e7 tokens
-with 100 active latents are 8 GB; activations never outlive their batch. Rankings go through the latents in blocks of
-at most a few million entries, so that sorting needs little beside that.
+with 100 active latents are 8 GB. Activations outlive their batch only where all of them are small, for the second pass.
+Rankings go through the latents in blocks of at most a few million entries, so that sorting needs little beside that.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from saeforge.sae import SAE
 
 BLOCK_ENTRIES = 1 << 23
 LONGEST_CONTEXT = 512
+KEPT_BYTES = 1 << 29  # more activations than that are computed anew for a second pass
 
 Progress = Callable[[str, int, int], None]
 
@@ -189,10 +190,15 @@ class Reader:
         self.tokens = kept
         self.document = np.zeros(0, np.int32)
         self.n_train = int(kept[texts.train].sum())
+        self._kept: list[tuple[torch.Tensor, np.ndarray]] = []
+        self._keep = int(kept.sum()) * sae.d_in * 4 <= KEPT_BYTES
 
     def batches(self, what: str, on_progress: Progress | None = None) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield activations float32 (rows, d_in) on the device, and the document of each row."""
-        documents = []
+        if self._kept:
+            yield from self._kept
+            return
+        documents, kept = [], []
 
         def progress(done: int, total: int) -> None:
             if on_progress is not None:
@@ -204,5 +210,8 @@ class Reader:
             ):
                 document = batch.rows[:, 0].astype(np.int32)
                 documents.append(document)
-                yield batch.x.float(), document
-        self.document = np.concatenate(documents)
+                x = batch.x.float()
+                if self._keep:
+                    kept.append((x, document))
+                yield x, document
+        self.document, self._kept = np.concatenate(documents), kept
