@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -217,9 +218,13 @@ def test_nothing_stays_behind(where: Any) -> None:
     assert torch.equal(logits(model, ids), plain)
 
 
-def test_contexts_may_end_in_any_order() -> None:
+@pytest.mark.parametrize("patched", [False, True])
+def test_contexts_may_end_in_any_order(patched: bool) -> None:
     model, sae, ids = make_model("llama"), make_sae("topk"), some_ids(1, 8)
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    if patched:
+        model.generate = functools.partial(model.generate)
+    own = vars(model).get("generate")
     first = steer(model, sae, {3: Add(5)}, where="generated")
     second = steer(model, sae, {4: Add(5)}, where="prompt")
     first.__enter__()
@@ -228,6 +233,7 @@ def test_contexts_may_end_in_any_order() -> None:
     changed = model.generate(ids, max_new_tokens=8, do_sample=False)
     second.__exit__(None, None, None)
     assert count_hooks(model) == 0
+    assert vars(model).get("generate") is own
     assert not torch.equal(plain, changed)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), plain)
 
@@ -249,7 +255,7 @@ def test_a_site_may_be_named_and_its_output_may_be_a_tuple() -> None:
 
 
 def test_gradients_flow_through_and_inference_mode_leaves_no_mark() -> None:
-    model, sae, ids = make_model("llama"), make_sae("topk"), some_ids(1, 9)
+    model, sae, ids = make_model("llama"), make_sae("threshold"), some_ids(1, 9)
     with torch.inference_mode():
         context = steer(model, sae, {3: Add(2)}, skip_special=False)
         context.__enter__()

@@ -28,6 +28,7 @@ class Positions:
 
     Attributes:
         editable: bool (batch, length) of the pass that is running; None between passes.
+        generate_prompt: length of the prompt of the `generate` that is running, which sets it; else None.
     """
 
     def __init__(self, model: nn.Module, where: Where, special_ids: frozenset[int] | None) -> None:
@@ -46,9 +47,9 @@ class Positions:
         self.model = model
         self.where = where
         self.editable: Tensor | None = None
+        self.generate_prompt: int | None = None
         self._special = None if special_ids is None else torch.tensor(sorted(special_ids), dtype=torch.int64)
         self._names = list(inspect.signature(model.forward).parameters)
-        self._generate_prompt: int | None = None  # length of the prompt of the generate() that is running
         self._pass_prompt: int | None = None  # length of the running pass, if it begins a sequence of its own
         self._cache_prompts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._exit = ExitStack()
@@ -108,13 +109,13 @@ class Positions:
                 f"steering where={self.where!r}: past_key_values is a {type(cache).__name__}; give a transformers Cache"
             )
         start = 0 if cache is None else int(cache.get_seq_length())
-        if self._generate_prompt is not None:
-            if cache is None and length < self._generate_prompt:  # its state is kept in some other way
+        if self.generate_prompt is not None:
+            if cache is None and length < self.generate_prompt:  # its state is kept in some other way
                 raise ConfigError(
                     f"steering where={self.where!r}: {type(self.model).__name__} keeps no key-value cache to count "
                     "tokens by; generate with use_cache=False, or steer where='all'"
                 )
-            return start, self._generate_prompt
+            return start, self.generate_prompt
         if start == 0:
             self._pass_prompt = length
             return 0, length
@@ -126,30 +127,45 @@ class Positions:
         return start, self._cache_prompts[cache]
 
     def _watch_generate(self) -> Callable[[], None]:
-        """Put a wrapper before the model's `generate` that notes the prompt's length; return what takes it away."""
+        """Be told the prompt's length by the model's `generate`; return what ends it."""
         model: Any = self.model
-        former = vars(model).get("generate")  # of a context around this one
-        plain = model.generate
+        watched = vars(model).get("generate")
+        if not isinstance(watched, _WatchedGenerate):
+            watched = _WatchedGenerate(model.generate, own=watched)
+            model.generate = watched
+        watched.watchers.append(self)
 
-        @functools.wraps(plain)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            outer, self._generate_prompt = self._generate_prompt, _prompt_length(args, kwargs)
-            try:
-                return plain(*args, **kwargs)
-            finally:
-                self._generate_prompt = outer
-
-        model.generate = generate
-
-        def restore() -> None:
-            if vars(model).get("generate") is not generate:
-                return  # somebody wrapped it again and has not left yet; what only notes a number may stay below
-            if former is None:
-                del model.generate
+        def leave() -> None:
+            watched.watchers.remove(self)
+            if watched.watchers or vars(model).get("generate") is not watched:
+                return
+            if watched.own is None:
+                del model.generate  # the class's shows again
             else:
-                model.generate = former
+                model.generate = watched.own
 
-        return restore
+        return leave
+
+
+class _WatchedGenerate:
+    """Stands before a model's `generate`: one for all contexts of the model, which may end in any order."""
+
+    def __init__(self, plain: Callable[..., Any], own: Any) -> None:
+        """Takes what is to be called, and the same if somebody had put it on the model itself, else None."""
+        functools.update_wrapper(self, plain)
+        self.plain, self.own = plain, own
+        self.watchers: list[Positions] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        length = _prompt_length(args, kwargs)
+        before = [(positions, positions.generate_prompt) for positions in self.watchers]
+        for positions, _ in before:
+            positions.generate_prompt = length
+        try:
+            return self.plain(*args, **kwargs)
+        finally:
+            for positions, outer in before:
+                positions.generate_prompt = outer
 
 
 def find_special_ids(model: nn.Module, tokenizer: Any, special_ids: Iterable[int] | None) -> frozenset[int]:
