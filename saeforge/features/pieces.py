@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -23,7 +23,8 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[int, tuple[bytes, str | None]] = {}  # with the text, where a token holds whole characters
+        self._bytes: dict[int, bytes] = {}
+        self._text: dict[int, str | None] = {}  # None where a token holds parts of characters
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
         self._alphabet = _byte_level_alphabet() if _is_byte_level(decoder) else None
@@ -34,24 +35,20 @@ class Pieces:
 
     def __call__(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token of a sequence."""
+        for token in set(ids).difference(self._text):
+            self._learn(token)
+        texts = [self._text[token] for token in ids]
+        if None not in texts:
+            return cast(list[str], texts)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pieces = []
-        inside = False  # a character
-        for token in ids:
-            content, text = self._known.get(token) or self._learn(token)
-            if text is None or inside:
-                text = decoder.decode(content)
-                inside = decoder.getstate()[0] != b""
-            pieces.append(text)
-        return pieces
+        return [decoder.decode(self._bytes[token]) for token in ids]
 
-    def _learn(self, token: int) -> tuple[bytes, str | None]:
-        content = self._bytes_of(token)
+    def _learn(self, token: int) -> None:
+        content = self._bytes[token] = self._bytes_of(token)
         try:
-            self._known[token] = content, content.decode()
+            self._text[token] = content.decode()
         except UnicodeDecodeError:
-            self._known[token] = content, None
-        return self._known[token]
+            self._text[token] = None
 
     def _bytes_of(self, token: int) -> bytes:
         name = self._tokenizer.convert_ids_to_tokens(token)
