@@ -43,6 +43,7 @@ from saeforge.lm.text import Document as Passage
 from saeforge.lm.text import read_passages, runs, words
 
 THEMES_ARE = "english"
+SMALLEST_BATCH = 24  # takes hardly longer than a single sample
 LATIN = 0x24F  # the last letter of the Latin blocks; the classifier knows no other script
 DEFAULTS = Sampling(prompt_tokens=12, new_tokens=243, temperature=0.9, top_p=0.95, seed=0)
 START = re.compile(r"^[ \t]*(?=\S)|(?<=[.!?:;] )(?=\w)", re.MULTILINE)  # of a line, or of a sentence
@@ -111,7 +112,7 @@ class Writer:
                 )
             good = max(0.2, (len(kept.texts) + 1) / (kept.drawn + 1))
             needed = 1.1 * (tokens - kept.tokens) / self.how.new_tokens / good
-            size = min(self.batch, most - kept.drawn, math.ceil(needed))
+            size = min(self.batch, most - kept.drawn, max(SMALLEST_BATCH, math.ceil(needed)))
             chosen = [next(prompts) for _ in range(size)]
             seed = hashlib.sha256(f"{self.how.seed} {label} {kept.drawn}".encode()).digest()
             how = replace(self.how, seed=int.from_bytes(seed[:8], "big"))
