@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saeforge.harvest import harvest as harvest
     from saeforge.sae import SAE as SAE
     from saeforge.sae import load as load
+    from saeforge.steering import steer as steer
     from saeforge.training.train import train as train
 
 _PUBLIC = {
@@ -27,10 +28,11 @@ _PUBLIC = {
     "fit": "saeforge.cli.fit",
     "harvest": "saeforge.harvest",
     "load": "saeforge.sae",
+    "steer": "saeforge.steering",
     "train": "saeforge.training.train",
 }
 
-__all__ = ["SAE", "SaeforgeError", "evaluate", "fit", "harvest", "load", "train"]
+__all__ = ["SAE", "SaeforgeError", "evaluate", "fit", "harvest", "load", "steer", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From nothing to a trained and judged sparse autoencoder on a real pretrained model, with one command:
+# From nothing to an autoencoder that is trained, judged, read and used for steering, with one command:
 #     bash scripts/quickstart.sh
 #
-# Makes .venv, harvests 300,000 activations of MiniLM, trains 4,096 latents, judges them on held-out documents. Needs no
-# network but the package index. A second call goes on where the first one stopped, and repeats nothing that is done.
+# Makes .venv, harvests activations of the demo model that ships with saeforge, trains 4,096 latents, judges them, finds
+# those for French, German and Python, and lets the French one loose. Needs no network but the package index. A second call goes on where the first one stopped, and repeats nothing that is done.
 # PYTHON chooses the interpreter (3.11 or later); QUICKSTART_ROOT another place for data/ and runs/ than this folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -41,10 +41,27 @@ fi
 echo "== judging"
 saeforge evaluate "$RUN"
 
+echo "== reading the latents"
+saeforge features build "$RUN"
+if [[ ! -f "$RUN/concepts.json" || "$RUN/sae/sae.json" -nt "$RUN/concepts.json" ]]; then
+  saeforge features concepts "$RUN" --texts demo
+fi
+latent() { python - "$RUN/concepts.json" "$1" <<'EOP'
+import json, sys
+print(next(row["latent"] for row in json.load(open(sys.argv[1]))["concepts"] if row["label"] == sys.argv[2]))
+EOP
+}
+for label in french german python; do
+  saeforge features show "$RUN" "$(latent "$label")" --top 4
+done
+
+echo "== steering: the latent for French, clamped to twice its maximum"
+saeforge steer "$RUN" --edit "$(latent french)=clamp:2max" --prompt "The bridge was built" --prompt "In the morning she"
+
 cat <<TEXT
 
 activations  $DATA
-run          $RUN  (config.yaml, checkpoints/, sae/, evaluation.json, wandb/)
+run          $RUN  (config.yaml, checkpoints/, sae/, evaluation.json, features.sqlite, concepts.json, wandb/)
 dashboard    wandb sync $RUN/wandb/offline-run-*
 in Python    $VENV/bin/python -c "import saeforge; print(saeforge.load('$RUN'))"
 TEXT

@@ -128,6 +128,13 @@ def test_missing_or_damaged_samples_are_one_line(made: Path, monkeypatch: pytest
         open_text("demo")
 
 
+def test_a_missing_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saeforge.lm.load.model_path", lambda: tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"model 'demo': .*model is missing; reinstall saeforge") as caught:
+        load_tokenizer("demo")
+    assert "\n" not in str(caught.value)
+
+
 def test_other_sources_name_demo_in_their_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a \.jsonl file, demo, or stdlib"):
         open_text(str(tmp_path / "nothing"))

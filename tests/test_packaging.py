@@ -72,12 +72,13 @@ def test_the_wheel_carries_the_demo_and_stays_small(wheel: zipfile.ZipFile) -> N
 def test_the_wheel_carries_the_licence_and_the_entry_points(wheel: zipfile.ZipFile) -> None:
     info = f"saeforge-{__version__}.dist-info"
     assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
+    assert "CC-BY-SA-3.0" in wheel.read(f"{info}/licenses/LICENSE-demo").decode()
     entries = wheel.read(f"{info}/entry_points.txt").decode()
     assert "saeforge = saeforge.cli.main:main" in entries
     assert "[saeforge.variants]" in entries
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert f"Version: {__version__}\n" in metadata
-    assert "License-Expression: Apache-2.0\n" in metadata
+    assert "License-Expression: Apache-2.0 AND CC-BY-SA-3.0\n" in metadata
 
 
 def test_the_installed_command_starts() -> None:

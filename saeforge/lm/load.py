@@ -50,6 +50,10 @@ def resolve_model(name: str) -> str:
         ConfigError: no such folder or package, or the folder is not a HuggingFace model.
     """
     if name == "demo":
+        if not (model_path() / "config.json").is_file():
+            raise ConfigError(
+                f"model 'demo': {model_path()} is missing; reinstall saeforge, or make it with scripts/train_demo_lm.py"
+            )
         return str(model_path())
     if name.startswith("package:"):
         package = name.removeprefix("package:")
@@ -73,7 +77,7 @@ def resolve_model(name: str) -> str:
             )
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ConfigError(f"model {name!r}: no such folder; give a model's folder, a hub name, or package:NAME")
+        raise ConfigError(f"model {name!r}: no such folder; give a model's folder, a hub name, package:NAME, or demo")
     return name
 
 
