@@ -65,13 +65,11 @@ def random_latents(x: Tensor, density: np.ndarray, seed: int) -> SAE:
     threshold = torch.empty(len(density))
     step = max(1, (1 << 24) // n)
     for start in range(0, len(density), step):
-        part = slice(start, start + step)
-        projections = (directions[part] @ (x - mean).T).sort(dim=1, descending=True).values
-        # The value just below the last that fires; all fire below the smallest.
-        place = counts[part].clamp(max=n - 1)
-        threshold[part] = projections.gather(1, place[:, None])[:, 0]
-        everywhere = counts[part] == n
-        threshold[part][everywhere] = projections[everywhere, -1] - 1
+        projections = (directions[start : start + step] @ (x - mean).T).numpy()
+        for i, row in enumerate(projections, start=start):
+            # The greatest projection that does not fire; where all fire, anything below the least.
+            place = n - 1 - int(counts[i])
+            threshold[i] = float(np.partition(row, place)[place]) if place >= 0 else float(row.min()) - 1
     bias = -(directions @ mean) - threshold
     zeros = torch.zeros(len(density))
     return SAE(directions, bias, directions, torch.zeros(d_in), rule="threshold", threshold=zeros)

@@ -1,0 +1,382 @@
+"""The concept table: chosen on train, judged on test; controls; the same figures as a dense computation."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from saeforge.cli.concepts import run as run_command
+from saeforge.errors import ConfigError
+from saeforge.features import concepts_columns
+from saeforge.features.baselines import LabelMeans, fit_probe, random_latents
+from saeforge.features.concepts import ConceptTable, concept_table
+from saeforge.features.concepts_columns import LatentColumns, Reader
+from saeforge.features.concepts_documents import Comparison, LabelledTexts, make_comparisons, read_labelled
+from saeforge.features.concepts_measure import Latents, Protocol, TokenSample
+from saeforge.features.concepts_score import Judge
+from saeforge.lm.load import load_model
+from saeforge.lm.text import Document
+from saeforge.ops import SparseCode
+from saeforge.sae import SAE
+from tests.tiny_models import WORDS, save_model
+
+SITE = "resid_post.1"
+
+
+def make_texts(n_labels: int, per_label: int) -> LabelledTexts:
+    """Labels only: half of the documents of each are train."""
+    label = np.repeat(np.arange(n_labels, dtype=np.int32), per_label)
+    return LabelledTexts(
+        texts=tuple(f"text {i}" for i in range(label.size)),
+        names=tuple(f"{i}" for i in range(label.size)),
+        labels=tuple(f"l{i}" for i in range(n_labels)),
+        label=label,
+        train=np.arange(label.size) % 2 == 0,
+        source="documents",
+        split_by="documents",
+        duplicates=0,
+    )
+
+
+def make_protocol(texts: LabelledTexts, **changes: Any) -> Protocol:
+    settings = {"choose_by": "token", "resamples": 50, "seed": 0, **changes}
+    return Protocol(texts, make_comparisons(texts.labels), **settings)
+
+
+def make_latents(texts: LabelledTexts, document: np.ndarray, n: int, seed: int = 0) -> torch.Tensor:
+    """Sparse latents (tokens, n) that prefer some documents, whatever their label: what a shuffle must not reward."""
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.randn(len(texts.texts), n, generator=generator)
+    return (level[document] + torch.randn(len(document), n, generator=generator) - 1.5).relu()
+
+
+def test_with_shuffled_labels_the_winners_are_chance_held_out() -> None:
+    texts = make_texts(16, 40)
+    document = np.repeat(np.arange(640), 10)
+    columns = LatentColumns(800)
+    columns.add(SparseCode.from_dense(make_latents(texts, document, 800)))
+    train, test = [], []
+    for seed in range(3):
+        shuffled = texts.shuffle(seed)
+        protocol = make_protocol(shuffled)
+        tops = Latents.of(columns, document, protocol).top(Judge(shuffled, document, resamples=20), protocol, 1)
+        train += [top[0].score.train_token_auroc for top in tops]
+        test += [top[0].score.token_auroc.value for top in tops]
+    assert np.mean(train) > 0.57  # the winner's curse: 800 latents, the best of them by luck
+    assert abs(np.mean(test) - 0.5) < 0.02
+
+
+def test_a_latent_that_is_perfect_on_train_only_does_not_look_good() -> None:
+    texts = make_texts(2, 40)
+    document = np.repeat(np.arange(80), 10)
+    overfitted = (texts.train & (texts.label == 0))[document]
+    honest = (texts.label == 0)[document] & (np.random.default_rng(0).random(800) < 0.6)
+    columns = LatentColumns(2)
+    columns.add(SparseCode.from_dense(torch.tensor(np.stack([overfitted, honest], axis=1), dtype=torch.float32)))
+    protocol = make_protocol(texts)
+    found = Latents.of(columns, document, protocol)
+    first, second = found.top(Judge(texts, document, resamples=100), protocol, 2)[0]
+    assert (first.latent, second.latent) == (0, 1)
+    assert first.score.train_token_auroc == first.score.train_document_auroc == 1.0
+    assert first.score.token_auroc.value == first.score.document_auroc.value == 0.5
+    assert (first.score.token_auroc.low, first.score.token_auroc.high) == (0.5, 0.5)
+    assert first.score.token_f1 == first.score.document_f1 == 0.0
+    assert first.density == pytest.approx(0.5)
+    assert second.score.token_auroc.value > 0.7
+
+
+def test_the_threshold_comes_from_train() -> None:
+    texts = make_texts(2, 20)
+    document = np.arange(40)
+    positive = texts.label == 0
+    # On train 3 tells them apart; on test positives are at 2 and negatives at 1, where 2 would.
+    score = np.where(texts.train, np.where(positive, 3, 1), np.where(positive, 2, 1)).astype(np.float32)
+    judged = Judge(texts, document, resamples=20).judge(score, Comparison(0, (1,)))
+    assert judged.token_threshold == 3
+    assert judged.token_auroc.value == judged.token_average_precision == 1
+    assert judged.token_f1 == 0
+
+
+def test_max_and_mean_pooling_differ_as_they_should() -> None:
+    texts = make_texts(2, 20)
+    tokens = np.where(texts.label == 0, 2, 10)
+    document = np.repeat(np.arange(40), tokens)
+    # Positive documents: 1 everywhere. Negative ones: one token with 5, the rest silent: mean 0.5, maximum 5.
+    first = np.diff(document, prepend=-1) == 1
+    score = np.where(texts.label[document] == 0, 1.0, np.where(first, 5.0, 0.0)).astype(np.float32)
+    judged = Judge(texts, document, resamples=20).judge(score, Comparison(0, (1,)))
+    assert judged.document_auroc.value == 1
+    assert judged.document_auroc_max == 0
+
+
+def test_all_latents_are_ranked_as_dense_data_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concepts_columns, "BLOCK_ENTRIES", 100)
+    texts = make_texts(3, 16)
+    rng = np.random.default_rng(0)
+    document = rng.permutation(np.repeat(np.arange(48), rng.integers(3, 9, size=48))).astype(np.int32)
+    dense = make_latents(texts, document, 30)
+    dense[:, 4] = 0
+    columns = LatentColumns(30)
+    for start in range(0, len(document), 37):
+        columns.add(SparseCode.from_dense(dense[start : start + 37]))
+    assert sum(1 for _ in columns.blocks(100)) > 3
+    protocol = make_protocol(texts)
+    found = Latents.of(columns, document, protocol)
+    on_train = texts.train[document]
+    np.testing.assert_allclose(found.density, (dense != 0).numpy()[on_train].mean(0))
+    means = np.stack([dense.numpy()[document == i].mean(0) for i in range(48)])
+    for i, comparison in enumerate(protocol.comparisons):
+        positive = texts.label == comparison.label
+        for latent in range(30):
+            token = roc_auc_score(positive[document][on_train], dense.numpy()[on_train, latent])
+            pooled = roc_auc_score(positive[texts.train], means[texts.train, latent])
+            assert found.ranking.token_auroc[i, latent] == pytest.approx(token, abs=1e-9)
+            assert found.ranking.document_auroc[i, latent] == pytest.approx(pooled, abs=1e-9)
+    np.testing.assert_array_equal(columns.score(7), dense[:, 7].numpy())
+
+
+def test_random_latents_fire_exactly_as_often_as_they_should() -> None:
+    x = torch.randn(500, 16) * 3 + 5
+    density = np.array([0, 0.002, 0.1, 0.5, 0.9, 1.0])
+    random_sae = random_latents(x, density, seed=1)
+    np.testing.assert_allclose(random_sae.encode(x).active_counts().numpy(), density * 500, atol=1)
+    assert random_sae.encode(x).active_counts()[0] == 0
+    torch.testing.assert_close(random_sae.W_enc.norm(dim=1), torch.ones(6))
+    assert torch.equal(random_sae.W_enc, random_latents(x, density, seed=1).W_enc)
+    assert not torch.equal(random_sae.W_enc, random_latents(x, density, seed=2).W_enc)
+
+
+def test_means_of_labels_are_exact_in_any_batches() -> None:
+    x, label = torch.randn(100, 8) + 100, np.random.default_rng(0).integers(0, 3, size=100)
+    means = LabelMeans(3, 8)
+    for start in range(0, 100, 33):
+        means.add(x[start : start + 33], label[start : start + 33])
+    values = x.double().numpy()
+    expected = values[label == 1].mean(0) - values[label != 1].mean(0)
+    np.testing.assert_allclose(means.direction(Comparison(1, (0, 2))), expected, atol=1e-9)
+
+
+def test_the_sample_is_of_train_tokens_with_their_labels() -> None:
+    x = torch.arange(200, dtype=torch.float32)[:, None].repeat(1, 3)
+    sample = TokenSample(200, 3, seed=0, most=50)
+    for start in range(0, 200, 30):
+        sample.add(x[start : start + 30], np.arange(start, min(start + 30, 200)))
+    assert len(sample) == 50
+    np.testing.assert_array_equal(sample.x[:, 0].numpy(), sample.label)
+    assert len(set(sample.label.tolist())) == 50
+    assert len(TokenSample(30, 3, seed=0, most=50)) == 30
+
+
+def test_the_probe_ranks_raw_activations_as_scikit_learn_ranks_standardised_ones() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(400, 6)) * [1, 10, 0.1, 1, 1, 0] + 7).astype(np.float32)
+    positive = x[:, 1] + rng.normal(size=400) * 5 > 10
+    found = fit_probe(x, positive)
+    assert found.converged
+    spread = np.where(x.std(0) == 0, 1, x.std(0))
+    scaled = (x - x.mean(0)) / spread
+    expected = LogisticRegression(C=0.01, class_weight="balanced", max_iter=300).fit(scaled, positive)
+    np.testing.assert_allclose(
+        x @ found.direction - (x @ found.direction).mean(),
+        expected.decision_function(scaled) - expected.decision_function(scaled).mean(),
+        atol=1e-4,
+    )
+
+
+# ---- with a model -------------------------------------------------------------------------------------------------
+
+
+def make_documents(labels: Sequence[str], per_label: int, *, own_share: float = 0.5) -> list[Document]:
+    """Each label has a share of words of its own; the others are anyone's."""
+    rng = random.Random(0)
+    found = []
+    for number, label in enumerate(labels):
+        own = WORDS[4 * number : 4 * number + 4]
+        for i in range(per_label):
+            words = [rng.choice(own if rng.random() < own_share else WORDS) for _ in range(rng.randint(10, 30))]
+            split = "train" if i % 2 == 0 else "test"
+            found.append(Document(f"{label} {i}", " ".join(words) + f" {number}{i}", label, split))
+    return found
+
+
+def make_sae(folder: Path, *, d_sae: int = 96, seed: int = 0) -> SAE:
+    """An SAE that says it belongs to the model: random directions of its embedding's scale, threshold rule."""
+    loaded = load_model(str(folder), [SITE])
+    site = loaded.sites[0]
+    directions = torch.randn(d_sae, 32, generator=torch.Generator().manual_seed(seed))
+    meta = {"model": loaded.card, "site": {"id": site.id, "module_path": site.module_path, "where": site.where}}
+    threshold = torch.full((d_sae,), 10.0)
+    return SAE(
+        directions, torch.zeros(d_sae), directions, torch.zeros(32), rule="threshold", threshold=threshold, meta=meta
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Document]:
+    return make_documents(("cat", "hill", "mat"), 24)
+
+
+@pytest.fixture(scope="module")
+def table(model: Path, texts: list[Document]) -> ConceptTable:
+    return concept_table(make_sae(model), texts, resamples=100, random_draws=2, control=make_sae(model, seed=9))
+
+
+def read_dense(sae: SAE, texts: list[Document]) -> tuple[np.ndarray, np.ndarray, np.ndarray, LabelledTexts]:
+    """Raw activations, dense latents and document of every token, straight from the model."""
+    labelled = read_labelled(texts)
+    reader = Reader(sae, labelled)
+    x = np.concatenate([rows.numpy() for rows, _ in reader.batches("")])
+    return x, sae.encode(torch.from_numpy(x)).to_dense().numpy(), reader.document, labelled
+
+
+def test_the_table_equals_a_dense_computation(model: Path, texts: list[Document], table: ConceptTable) -> None:
+    x, dense, document, labelled = read_dense(make_sae(model), texts)
+    train = labelled.train[document]
+    for concept in table.concepts:
+        positive = labelled.label[document] == labelled.labels.index(concept.label)
+        on_train = [roc_auc_score(positive[train], dense[train, i]) for i in range(dense.shape[1])]
+        assert concept.latent == int(np.argmax(on_train))
+        assert concept.sae.train_token_auroc == pytest.approx(max(on_train))
+        score = dense[~train, concept.latent]
+        assert concept.sae.token_auroc.value == pytest.approx(roc_auc_score(positive[~train], score), abs=1e-6)
+        ap = average_precision_score(positive[~train], score)
+        assert concept.sae.token_average_precision == pytest.approx(ap, abs=1e-6)
+        assert concept.sae.token_auroc.low <= concept.sae.token_auroc.value <= concept.sae.token_auroc.high
+        direction = x[train & positive].mean(0) - x[train & ~positive].mean(0)
+        means = roc_auc_score(positive[~train], x[~train] @ direction)
+        assert concept.difference_of_means.token_auroc.value == pytest.approx(means, abs=1e-4)
+        best = [top.score.train_token_auroc for top in concept.top]
+        assert best == pytest.approx(sorted(on_train, reverse=True)[:5])
+        assert concept.random.token_auroc.high == max(draw.token_auroc.high for draw in concept.random_draws)
+        assert concept.control is not None
+        assert concept.probe is not None
+        assert concept.probe.token_auroc.value > concept.random.token_auroc.value
+
+
+def test_claims_that_fail_are_said(table: ConceptTable) -> None:
+    # The SAE is as random as its control, so no claim against chance can hold.
+    assert all({"random", "control"} & {failure.claim for failure in row.failures} for row in table.concepts)
+    assert len(table.failures()) >= 2
+    for row in table.concepts:
+        for failure in row.failures:
+            assert failure.found <= failure.needed
+
+
+def test_a_latent_that_is_the_concept_is_found_and_clears_chance(model: Path) -> None:
+    texts = make_documents(("cat", "hill", "mat"), 40, own_share=0.9)
+    planted = make_sae(model, d_sae=24)
+    x, _, document, labelled = read_dense(planted, texts)
+    train = labelled.train[document]
+    positive = labelled.label[document] == labelled.labels.index("hill")
+    direction = fit_probe(x[train], positive[train]).direction
+    score = x @ direction
+    planted.W_enc[17] = torch.from_numpy(direction)
+    planted.b_enc[17] = 10 - float(np.quantile(score, 0.6))  # the threshold is 10: it fires on two fifths
+    found = concept_table(planted, texts, labels=["hill"], resamples=200)
+    (row,) = found.concepts
+    assert (row.label, row.against, row.latent) == ("hill", ("cat", "mat"), 17)
+    assert not row.failures, found.failures()
+    assert row.sae.token_auroc.low > row.random.token_auroc.high
+    assert row.sae.document_auroc.value > 0.95
+
+
+def test_with_shuffled_labels_the_model_tells_nothing_held_out(model: Path) -> None:
+    texts = make_documents(("cat", "hill", "mat", "rain"), 60)
+    sae = make_sae(model, d_sae=256)
+    values = []
+    for seed in range(6):
+        found = concept_table(sae, texts, shuffle_labels=seed, probe=False, random_draws=1, resamples=20)
+        values += [row.sae.token_auroc.value for row in found.concepts]
+        assert "labels were shuffled" in found.notes[0]
+    assert abs(np.mean(values) - 0.5) < 0.02
+
+
+def test_the_result_does_not_depend_on_whether_activations_are_kept(
+    model: Path, texts: list[Document], table: ConceptTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(concepts_columns, "KEPT_BYTES", 0)
+    again = concept_table(make_sae(model), texts, resamples=100, random_draws=2, control=make_sae(model, seed=9))
+    assert again.to_json() == table.to_json()
+
+
+def test_against_limits_the_documents_that_are_read(model: Path, texts: list[Document]) -> None:
+    found = concept_table(make_sae(model), texts, against=["cat=mat"], probe=False, resamples=20)
+    assert set(found.about["documents"]) == {"cat", "mat"}
+    assert [(row.label, row.against) for row in found.concepts] == [("cat", ("mat",))]
+    assert found.concepts[0].probe is None
+    assert "the logistic probe was left out" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"random_draws": 0}, "random_draws = 0"),
+        ({"choose_by": "luck"}, "choose_by 'luck'"),
+        ({"context_length": 4096}, "context_length 4096: model .* allows 128"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    model: Path, texts: list[Document], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        concept_table(make_sae(model), texts, probe=False, **settings)
+
+
+def test_a_text_without_tokens_is_refused_by_name(model: Path, texts: list[Document]) -> None:
+    with pytest.raises(ConfigError, match="text 'cat 0' holds no token"):
+        concept_table(make_sae(model), [replace(texts[0], text=""), *texts[1:]], probe=False)
+
+
+def test_a_missing_scikit_learn_is_said_at_once(
+    model: Path, texts: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'saeforge\[probe\]'"):
+        concept_table(make_sae(model), texts)
+
+
+def write_texts(path: Path, texts: list[Document]) -> Path:
+    lines = [json.dumps({"text": d.text, "label": d.label, "split": d.split, "name": d.name}) for d in texts]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_the_command_prints_a_table_and_writes_json(
+    model: Path, texts: list[Document], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_sae(model).save(tmp_path / "run" / "sae")
+    file = write_texts(tmp_path / "texts.jsonl", texts)
+    arguments = [str(tmp_path / "run"), "--texts", str(file), "--resamples", "50", "--random_draws", "1"]
+    assert run_command([*arguments, "--against", "cat=mat", "--against", "hill=cat,mat"]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "run" / "concepts.json").read_text())
+    assert written["format"] == "saeforge-concepts"
+    assert [row["label"] for row in written["concepts"]] == ["cat", "hill"]
+    for row in written["concepts"]:
+        estimate = row["top"][0]["score"]["token_auroc"]
+        assert f"{row['label']} *" in printed  # random directions: a claim fails
+        assert f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]" in printed
+    assert "* not lower bound above the upper bound of the best random latents: cat" in printed
+    assert max(map(len, printed.splitlines()[:12])) <= 110
+
+    (tmp_path / "run" / "concepts.json").unlink()
+    assert run_command([*arguments, "--labels", "cat,mat", "--probe", "false", "--shuffle_labels", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["label"] for row in shown["concepts"]] == ["cat", "mat"]
+    assert shown["shuffle_labels"] == 1
+    assert not (tmp_path / "run" / "concepts.json").exists()  # chance is never stored as a finding
