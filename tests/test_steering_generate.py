@@ -43,7 +43,7 @@ def left_padded(rows: Sequence[Tensor], pad: int = 7) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_is_the_same_cached_uncached_and_padded(kind: str, rule: str, where: Any) -> None:
     model, sae = make_model(kind), make_sae(rule, kind)
-    prompts = [some_ids(1, length, seed=length)[0] for length in (5, 11, 8)]
+    prompts = [some_ids(1, length, seed=length)[0] for length in (5, 11)]
     plain = greedy(model, *left_padded(prompts))
     with steer(model, sae, EDITS, where=where):
         cached = torch.cat([greedy(model, prompt[None]) for prompt in prompts])
@@ -51,7 +51,7 @@ def test_the_text_is_the_same_cached_uncached_and_padded(kind: str, rule: str, w
         padded = greedy(model, *left_padded(prompts))
         assert torch.equal(uncached, cached[1:2])
         assert torch.equal(padded, cached)
-    assert cached.shape == (3, NEW)
+    assert cached.shape == (2, NEW)
     assert (cached != plain).any(1).all()  # every text is another one
 
 
