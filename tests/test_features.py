@@ -245,6 +245,32 @@ def test_a_killed_build_goes_on_to_the_same_store(home: Path, tmp_path: Path) ->
     assert contents(run) == contents(home / "topk")
 
 
+def test_an_interrupted_build_from_text_goes_on_to_the_same_store(home: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "texts.jsonl", make_documents(200, words=20, seed=6))
+    options: dict[str, Any] = {"texts": str(tmp_path / "texts.jsonl"), "device": "cpu", "save_seconds": 0}
+    whole, run = copy_run(home / "topk", tmp_path / "whole"), copy_run(home / "topk", tmp_path / "run")
+    build_features(whole, **options)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("windows", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_features(run, **options, on_progress=stop)
+    assert build_features(run, **options).resumed
+    assert contents(run) == contents(whole)
+
+
+def test_a_store_is_shown_without_torch(home: Path) -> None:
+    code = (
+        "import sys; from saeforge.cli.main import main; "
+        f"code = main(['features', 'show', {str(home / 'topk')!r}, '10']); "
+        "print('torch' in sys.modules, 'transformers' in sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
 def test_a_finished_store_is_kept_and_other_options_need_overwrite(home: Path, tmp_path: Path) -> None:
     run = copy_run(home / "topk", tmp_path / "run")
     assert not build_features(run, device="cpu", split="validation").reused

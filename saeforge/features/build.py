@@ -329,6 +329,9 @@ def _existing(run: Path, identity: dict[str, Any], overwrite: bool) -> Built | N
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return what differs between two identities, in words for a message."""
+    if old.get("source") != new.get("source"):
+        return f"source of rows ({old.get('source')}, now {new.get('source')})"
     return ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)))
 
 

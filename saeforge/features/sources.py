@@ -260,26 +260,23 @@ class TextRows(RowSource):
             "context_length": length,
             "segments": len(segments),
         }
-        self._last: tuple[int, torch.Tensor, np.ndarray] | None = None
 
     def keys(self, unit: int) -> np.ndarray:
-        """See `RowSource.keys`."""
-        return self._run(unit)[1]
+        """See `RowSource.keys`; segments are in the order of their documents, so that these ascend."""
+        segments = self._units[unit]
+        return np.concatenate([pack_keys(np.array(s.document), s.positions[s.keep]) for s in segments])
 
     def read(self, unit: int) -> torch.Tensor:
         """See `RowSource.read`."""
-        return self._run(unit)[0]
+        parts = list(read_activations(self._capture, self._units[unit], pad=self._pad))
+        rows = np.concatenate([part.rows for part in parts])
+        order = np.argsort(pack_keys(rows[:, 0], rows[:, 1]))
+        x = torch.cat([part.x for part in parts])
+        return x.index_select(0, torch.from_numpy(order).to(x.device))
 
     def close(self) -> None:
         """Take the hooks off the model."""
         self._stack.close()
-
-    def _run(self, unit: int) -> tuple[torch.Tensor, np.ndarray]:
-        if self._last is None or self._last[0] != unit:
-            parts = list(read_activations(self._capture, self._units[unit], pad=self._pad))
-            rows = np.concatenate([part.rows for part in parts])
-            self._last = (unit, torch.cat([part.x for part in parts]), pack_keys(rows[:, 0], rows[:, 1]))
-        return self._last[1], self._last[2]
 
 
 def _open_documents(text: str) -> list[Document]:

@@ -16,9 +16,9 @@ import numpy as np
 
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.features.schema import FORMAT, FORMAT_VERSION, Label, unpack_window, write_labels
-from saeforge.sae import META_FILE
 
 STORE_FILE = "features.sqlite"
+SAE_FILE = "sae.json"  # as in saeforge.sae, which would load torch only to show a latent
 COLUMNS = ("latent", "count", "density", "mean", "max", "p99", "documents")
 
 
@@ -296,8 +296,8 @@ def progress_file(run: Path) -> Path:
 def sae_digest(run: Path) -> str | None:
     """Return what tells a run's SAE from others at a glance, or None if the folder holds no SAE."""
     for folder in (run / "sae", run):
-        if (folder / META_FILE).is_file():
-            return str(json.loads((folder / META_FILE).read_text()).get("vectors_sha256"))
+        if (folder / SAE_FILE).is_file():
+            return str(json.loads((folder / SAE_FILE).read_text()).get("vectors_sha256"))
     return None
 
 
