@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     from saeforge.harvest import harvest as harvest
     from saeforge.sae import SAE as SAE
     from saeforge.sae import load as load
+    from saeforge.steering import Add as Add
+    from saeforge.steering import Clamp as Clamp
+    from saeforge.steering import Scale as Scale
     from saeforge.steering import steer as steer
     from saeforge.training.train import train as train
 
 _PUBLIC = {
+    "Add": "saeforge.steering",
+    "Clamp": "saeforge.steering",
     "SAE": "saeforge.sae",
     "SaeforgeError": "saeforge.errors",
+    "Scale": "saeforge.steering",
     "evaluate": "saeforge.evaluation",
     "fit": "saeforge.cli.fit",
     "harvest": "saeforge.harvest",
@@ -32,7 +38,7 @@ _PUBLIC = {
     "train": "saeforge.training.train",
 }
 
-__all__ = ["SAE", "SaeforgeError", "evaluate", "fit", "harvest", "load", "steer", "train"]
+__all__ = ["SAE", "Add", "Clamp", "SaeforgeError", "Scale", "evaluate", "fit", "harvest", "load", "steer", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from saeforge.cli.concepts import run as run_command
 from saeforge.errors import ConfigError
-from saeforge.features import concepts_columns
+from saeforge.features import FeatureStore, build_features, concepts_columns
 from saeforge.features.baselines import LabelMeans, fit_probe, random_latents
 from saeforge.features.concepts import ConceptTable, concept_table
 from saeforge.features.concepts_columns import LatentColumns, Reader
@@ -348,6 +348,27 @@ def test_a_missing_scikit_learn_is_said_at_once(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'saeforge\[probe\]'"):
         concept_table(make_sae(model), texts)
+
+
+def test_labels_that_clear_chance_go_to_the_store_and_others_do_not(model: Path, tmp_path: Path) -> None:
+    texts = make_documents(("cat", "hill", "mat"), 40, own_share=0.9)
+    sae = make_sae(model, d_sae=24)
+    x, _, document, labelled = read_dense(sae, texts)
+    positive = labelled.label[document] == labelled.labels.index("hill")
+    direction = fit_probe(x, positive).direction
+    sae.W_enc[17] = torch.from_numpy(direction)
+    sae.b_enc[17] = 10 - float(np.quantile(x @ direction, 0.6))
+    sae.save(tmp_path / "run" / "sae")
+    build_features(tmp_path / "run", texts=str(write_texts(tmp_path / "texts.jsonl", texts)))
+    found = concept_table(tmp_path / "run", texts, resamples=100)
+    failing = {row.label for row in found.concepts if {"random"} & {failure.claim for failure in row.failures}}
+    assert "hill" not in failing
+    with FeatureStore.open(tmp_path / "run") as store:
+        labels = [(i, one["label"], one["source"]) for i in range(24) for one in store.latent(i).labels]
+    expected = [(row.latent, row.label, "concepts") for row in found.concepts if row.label not in failing]
+    assert sorted(labels) == sorted(expected)
+    assert (17, "hill", "concepts") in labels
+    assert any(f"{len(expected)} of 3 labels went to" in note for note in found.notes)
 
 
 def write_texts(path: Path, texts: list[Document]) -> Path:

@@ -18,7 +18,10 @@ from saeforge.errors import SaeforgeError
 COMMANDS: dict[str, tuple[str, str]] = {
     "harvest": ("saeforge.cli.harvest", "run a language model over text and store its activations as a dataset"),
     "fit": ("saeforge.cli.fit", "train a sparse autoencoder on a dataset of activations"),
-    "evaluate": ("saeforge.cli.evaluate", "judge a trained autoencoder on held-out activations and by its model's loss"),
+    "evaluate": (
+        "saeforge.cli.evaluate",
+        "judge a trained autoencoder on held-out activations and by its model's loss",
+    ),
     "features": ("saeforge.cli.features", "read the latents: what fires them, and which concept they are"),
     "steer": ("saeforge.cli.steer", "generate text with latents clamped, scaled or added, beside the plain text"),
     "variants": ("saeforge.cli.variants", "list the kinds of autoencoder: built-in ones and installed plugins"),
