@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("saeforge.cli.fit", "train a sparse autoencoder on a dataset of activations"),
     "evaluate": (
         "saeforge.cli.evaluate",
-        "judge a trained autoencoder on held-out activations and by its model's loss",
+        "judge an autoencoder on held-out activations and by its model's loss",
     ),
     "features": ("saeforge.cli.features", "read the latents: what fires them, and which concept they are"),
     "steer": ("saeforge.cli.steer", "generate text with latents clamped, scaled or added, beside the plain text"),
