@@ -257,6 +257,9 @@ def test_the_table_equals_a_dense_computation(model: Path, texts: list[Document]
         ap = average_precision_score(positive[~train], score)
         assert concept.sae.token_average_precision == pytest.approx(ap, abs=1e-6)
         assert concept.sae.token_auroc.low <= concept.sae.token_auroc.value <= concept.sae.token_auroc.high
+        assert concept.sae.active_on_label == pytest.approx((score[positive[~train]] != 0).mean())
+        assert concept.sae.active_on_others == pytest.approx((score[~positive[~train]] != 0).mean())
+        assert concept.sae.token_auroc.value <= (1 + concept.sae.active_on_label) / 2
         direction = x[train & positive].mean(0) - x[train & ~positive].mean(0)
         means = roc_auc_score(positive[~train], x[~train] @ direction)
         assert concept.difference_of_means.token_auroc.value == pytest.approx(means, abs=1e-4)

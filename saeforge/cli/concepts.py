@@ -126,7 +126,7 @@ def show(table: ConceptTable, *, title: str) -> None:
         ("probe", "right"),
         ("control", "right"),
     ):
-        grid.add_column(name, justify=justify, no_wrap=name != "label")  # type: ignore[arg-type]
+        grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for concept in table.concepts:
         mine = concept.sae
         others = (concept.random, concept.difference_of_means, concept.probe, concept.control)

@@ -43,6 +43,9 @@ class Score:
         document_threshold: best on train.
         train_token_auroc: on the train documents, where the choice was made.
         train_document_auroc: likewise.
+        active_on_label: share of the label's test tokens on which the score is not 0. A score that is silent on the
+            rest reaches a token AUROC of (1 + active_on_label) / 2 at most, if it is at least 0.
+        active_on_others: share of the others' test tokens on which it is not 0.
     """
 
     token_auroc: Estimate
@@ -56,6 +59,8 @@ class Score:
     document_threshold: float | None
     train_token_auroc: float
     train_document_auroc: float
+    active_on_label: float
+    active_on_others: float
 
 
 class Judge:
@@ -104,6 +109,8 @@ class Judge:
             document_threshold=documents.threshold,
             train_token_auroc=tokens.train_auroc,
             train_document_auroc=documents.train_auroc,
+            active_on_label=float((score[(positive & test)[self.document]] != 0).mean()),
+            active_on_others=float((score[(negative & test)[self.document]] != 0).mean()),
         )
 
     def _figures(self, score: np.ndarray, unit: np.ndarray, comparison: Comparison) -> _Figures:
