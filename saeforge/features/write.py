@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sqlite3
 from collections.abc import Callable
@@ -165,9 +164,13 @@ def _write_examples(
 def _short(values: np.ndarray) -> list[float | None]:
     """Return activations with six digits, and None for NaN: more digits would only make the file larger."""
     result: list[float | None] = [0] * len(values)
-    places = np.flatnonzero(values != 0)
-    for place, value in zip(places.tolist(), values[places].tolist(), strict=True):
-        result[place] = None if math.isnan(value) else float(f"{value:.6g}")
+    known = np.flatnonzero((values != 0) & ~np.isnan(values))
+    exact = values[known].astype(np.float64)
+    scale = 10.0 ** (5 - np.floor(np.log10(np.abs(exact))))
+    for place, value in zip(known.tolist(), (np.round(exact * scale) / scale).tolist(), strict=True):
+        result[place] = value
+    for place in np.flatnonzero(np.isnan(values)).tolist():
+        result[place] = None
     return result
 
 
