@@ -340,7 +340,8 @@ def test_search_finds_words_that_a_latent_fires_on_and_labels(home: Path) -> Non
         assert store.search("zebra") == []
         assert store.search('"mat zebra"') == []
         store.add_labels("hand", [Label(7, "Golden Gate zebra", None, {"by": "me"}), Label(0, "zebra mat", 0.5)])
-        assert {hit.latent for hit in store.search("zebra")} == {7}  # latent 0 never fires: it has no text
+        assert {hit.latent for hit in store.search("zebra")} == {0, 7}  # latent 0 never fires
+        assert "⟦zebra⟧" in store.search("golden zebra")[0].snippet
         assert store.latent(0).labels[0]["label"] == "zebra mat"
         assert store.latent(7).labels == [
             {"source": "hand", "label": "Golden Gate zebra", "score": None, "detail": {"by": "me"}}

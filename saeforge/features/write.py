@@ -120,6 +120,10 @@ def _write_tables(
         last = min(first + LATENTS_AT_ONCE, aggregate.d_sae)
         _write_examples(connection, examples, windows, source, pieces, int(starts[first]), int(starts[last]))
         on_progress(last, aggregate.d_sae)
+    # The silent ones have no text, but may have labels from elsewhere.
+    connection.execute(
+        "INSERT INTO search (rowid, labels, words, contexts) SELECT latent, '', '', '' FROM latents WHERE count = 0"
+    )
     for name, rows in labels.items():
         schema.write_labels(connection, name, rows)
 
