@@ -404,3 +404,39 @@ def test_the_command_prints_a_table_and_writes_json(
     assert [row["label"] for row in shown["concepts"]] == ["cat", "mat"]
     assert shown["shuffle_labels"] == 1
     assert not (tmp_path / "run" / "concepts.json").exists()  # chance is never stored as a finding
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--against", "cat=mat", "--against", "hill=cat,mat", "RUN"],
+        ["RUN", "--against", "cat=mat", "hill=cat,mat", "--probe", "false"],
+        ["--against=cat=mat", "--against=hill=cat,mat", "RUN"],
+        ["--against", "cat=mat", "RUN", "--against=hill=cat,mat"],
+        ["RUN", "-c", "CONFIG"],
+    ],
+)
+def test_against_may_be_given_in_any_way(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text('against: ["cat=mat", "hill=cat,mat"]\nresamples: 50\n')
+    seen: dict[str, Any] = {}
+
+    def stop(run: str, texts: str, **settings: Any) -> None:
+        seen.update(settings, run=run)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("saeforge.features.concepts.concept_table", stop)
+    with pytest.raises(ConfigError, match="far enough"):
+        run_command([str(config) if word == "CONFIG" else word for word in given])
+    assert seen["against"] == ["cat=mat", "hill=cat,mat"]
+    assert seen["run"] == "RUN"
+    assert seen["labels"] is None
+
+
+@pytest.mark.parametrize(
+    "given", [["RUN", "--against"], ["RUN", "--against", "--probe", "false"], ["RUN", "--texs", "x"]]
+)
+def test_a_broken_command_line_is_one_line(given: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_command(given)
+    assert "\n" not in str(caught.value)

@@ -37,9 +37,9 @@ def make_parser() -> OneLineParser:
     parser.add_argument(
         "--against",
         type=str,
-        action="append",
+        nargs="+",
         default=[],
-        help="Tell a label from these only: french=spanish,italian,portuguese. May be given several times.",
+        help="Tell a label from these only: french=spanish,italian,portuguese. Takes several.",
     )
     parser.add_argument(
         "--choose_by",
@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         Exit code.
     """
-    options = make_parser().parse_args(list(argv))
+    options = make_parser().parse_args(_gather(argv, "--against"))
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -104,6 +104,29 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _gather(argv: Sequence[str], name: str) -> list[str]:
+    """Put the values of a repeated option together at the end.
+
+    argparse would keep the values of the last one only, and take a RUN that stands behind them for one more.
+    """
+    values: list[str] = []
+    rest: list[str] = []
+    before = ""  # "name": its first value comes next; "value": another may
+    for word in argv:
+        if word == name:
+            before = "name"
+        elif word.startswith(f"{name}="):
+            values.append(word.removeprefix(f"{name}="))
+            before = "value"
+        elif not word.startswith("-") and (before == "name" or (before == "value" and "=" in word)):
+            values.append(word)
+            before = "value"
+        else:
+            rest.append(word)
+            before = ""
+    return [*rest, name, *values] if values or name in argv else rest
+
+
 def show(table: ConceptTable, *, title: str) -> None:
     """Prints the table, the claims that fail and the notes."""
     from rich import box
@@ -112,6 +135,8 @@ def show(table: ConceptTable, *, title: str) -> None:
 
     grid = Table(
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
         title=f"{title}: {table.about['sae']['d_sae']:,} latents, L0 {table.about['l0']:.1f}, held out",
     )
     for name, justify in (
@@ -119,12 +144,13 @@ def show(table: ConceptTable, *, title: str) -> None:
         ("latent", "right"),
         ("token AUROC", "left"),
         ("doc\nAUROC", "right"),
+        ("doc\nrand", "right"),
         ("doc\nAP", "right"),
         ("doc\nF1", "right"),
-        ("random", "right"),
+        ("rand", "right"),
         ("means", "right"),
         ("probe", "right"),
-        ("control", "right"),
+        ("ctrl", "right"),
     ):
         grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for concept in table.concepts:
@@ -135,13 +161,19 @@ def show(table: ConceptTable, *, title: str) -> None:
             str(concept.latent),
             str(mine.token_auroc),
             f"{mine.document_auroc.value:.3f}",
+            f"{concept.random.document_auroc.value:.3f}",
             f"{mine.document_average_precision:.3f}",
             f"{mine.document_f1:.3f}",
             *("-" if other is None else f"{other.token_auroc.value:.3f}" for other in others),
         )
     Console(width=None if sys.stdout.isatty() else WIDTH).print(grid)
-    print("random, means, probe, control: token AUROC of the best random latents, the difference of means, a logistic")
-    print("probe, and the control's best latent; all chosen or fitted on train documents, all figures held out")
+    print(
+        "rand, means, probe, ctrl: token AUROC of the best random latents, the difference of means, a logistic probe,"
+    )
+    print(
+        "the control's best latent; doc rand: document AUROC of the best random latents. All chosen or fitted on train"
+    )
+    print("documents, all figures held out")
     for failure in table.failures():
         print(f"* {failure}")
     for note in table.notes:
