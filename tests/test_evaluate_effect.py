@@ -439,12 +439,26 @@ def test_damaged_or_foreign_texts_are_refused(home: Path, tmp_path: Path) -> Non
         saeforge.evaluate(sae, data=home / "acts-gpt2", effect=True, device="cpu")
 
 
+def test_a_dataset_of_other_weights_under_the_same_name_is_refused(home: Path, tmp_path: Path) -> None:
+    sae = random_sae(meta_of(home / "acts-gpt2", "gpt2"))
+    own = sae.meta["model"]
+    sae.meta["model"] = {**own, "files_sha256": "0" * 64}
+    with pytest.raises(ConfigError, match="this SAE is of other weights of that name"):
+        saeforge.evaluate(sae, effect=True, device="cpu")
+    # A folder that moved is the same model.
+    shutil.copytree(home / "gpt2", tmp_path / "moved")
+    sae.meta["model"] = {**own, "name": str(tmp_path / "moved")}
+    assert saeforge.evaluate(sae, effect=True, effect_tokens=50, device="cpu").effect is not None
+
+
 @pytest.mark.parametrize("option", ["effect_tokens", "batch_contexts"])
 def test_impossible_numbers_are_refused(home: Path, option: str) -> None:
     sae = random_sae(meta_of(home / "acts-gpt2", "gpt2"))
     options: dict[str, Any] = {option: 0}
     with pytest.raises(SaeforgeError, match=f"{option} = 0"):
         saeforge.evaluate(sae, device="cpu", **options)
+    with pytest.raises(SaeforgeError, match="seed = -1"):
+        saeforge.evaluate(sae, device="cpu", seed=-1)
 
 
 @pytest.mark.parametrize(("labels", "rows"), [(1, 0), (2, 2), (12, 12), (15, 13), (40, 13), (41, 0)])

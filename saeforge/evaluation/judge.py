@@ -99,6 +99,8 @@ def evaluate(
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ConfigError(f"{name} = {number}: expected a positive number")
+    if seed < 0:
+        raise ConfigError(f"seed = {seed}: expected at least 0")
     place = resolve_device(device)
     sae = (run if isinstance(run, SAE) else load(run)).to(place)
     root, source = _open_dataset(sae, data, split)
@@ -177,11 +179,14 @@ def _open_effect(
     manifest = source.input.manifest
     texts = HeldOutTexts(root, manifest, split, budget=budget)
     card = sae.meta["model"]
-    # The files tell where there are any: a name may be a path that moved.
-    if all(card.get(key) is None or manifest.model.get(key) != card[key] for key in ("files_sha256", "name")):
+    # The files tell where both name them: a name may be a path that moved, or one that other weights have now.
+    known = [key for key in ("files_sha256", "name") if card.get(key) and manifest.model.get(key)]
+    if not known or manifest.model[known[0]] != card[known[0]]:
+        same_name = manifest.model.get("name") == card["name"]
         raise ConfigError(
-            f"{root} was harvested from model {manifest.model.get('name')!r}, this SAE is of {card['name']!r}; "
-            "give a dataset of its own model with --data"
+            f"{root} was harvested from model {manifest.model.get('name')!r}, this SAE is of "
+            f"{'other weights of that name' if same_name else repr(card['name'])}; give a dataset of its own model "
+            "with --data"
         )
     # The dtype that the activations were made in; a checkpoint's own half precision is found by "auto".
     dtype = card.get("dtype") if card.get("dtype") in MODEL_DTYPES else "auto"
