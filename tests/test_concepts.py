@@ -330,7 +330,10 @@ def test_against_limits_the_documents_that_are_read(model: Path, texts: list[Doc
     [
         ({"random_draws": 0}, "random_draws = 0"),
         ({"choose_by": "luck"}, "choose_by 'luck'"),
-        ({"context_length": 4096}, "context_length 4096: model .* allows 128"),
+        ({"context_length": 4096}, "context_length 4096: this model and its tokenizer allow 128"),
+        ({"context_length": 0}, "context_length 0 leaves no room"),
+        ({"seed": -1}, "seed = -1"),
+        ({"shuffle_labels": -1}, "shuffle_labels = -1"),
     ],
 )
 def test_impossible_settings_are_refused(
@@ -342,7 +345,7 @@ def test_impossible_settings_are_refused(
 
 def test_a_text_without_tokens_is_refused_by_name(model: Path, texts: list[Document]) -> None:
     with pytest.raises(ConfigError, match="text 'cat 0' holds no token"):
-        concept_table(make_sae(model), [replace(texts[0], text=""), *texts[1:]], probe=False)
+        concept_table(make_sae(model), [replace(texts[0], text="<s>"), *texts[1:]], probe=False)
 
 
 def test_a_missing_scikit_learn_is_said_at_once(

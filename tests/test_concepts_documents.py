@@ -92,6 +92,13 @@ def test_one_text_in_both_halves_is_refused() -> None:
         read_labelled([*texts, replace(texts[0], split="train", name="copy")])
 
 
+def test_empty_documents_are_named() -> None:
+    texts = make_texts(split=False)
+    texts[3], texts[30] = replace(texts[3], text=""), replace(texts[30], text=" \n")
+    with pytest.raises(ConfigError, match="english 3 is empty"):
+        read_labelled(texts)
+
+
 def test_too_few_documents_of_a_label_matter_only_if_it_is_used() -> None:
     found = read_labelled(make_texts(split=True)[:-5])
     with pytest.raises(ConfigError, match=r"label 'spanish' has \d different \w+ documents, at least 8"):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -441,14 +440,6 @@ def test_contexts_are_as_long_as_the_model_allows_unless_asked(home: Path, tmp_p
         lengths[name] = manifest.packing["context_length"]
         assert harvest(**given).fingerprint == manifest.fingerprint
     assert lengths == {"default": 128, "asked": 64}
-
-
-def test_the_default_context_is_no_longer_than_512() -> None:
-    tokenizer = SimpleNamespace(model_max_length=10**30)
-    config = HarvestConfig(model="m", sites=["resid_post.1"], out="o")
-    for limit, expected in ((None, 512), (4096, 512), (256, 256)):
-        loaded: Any = SimpleNamespace(context_limit=limit)
-        assert run._context_length(config, loaded, tokenizer) == expected
 
 
 def test_pack_true_is_refused_where_documents_would_leak(home: Path, tmp_path: Path) -> None:

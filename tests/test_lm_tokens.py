@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from saeforge.lm.capture import Capture
 from saeforge.lm.isolation import probe_isolation
 from saeforge.lm.load import load_model, load_tokenizer
 from saeforge.lm.pack import Contexts, pack_segments, write_contexts
-from saeforge.lm.tokens import NO_POSITION, Cutter, Specials, find_specials
+from saeforge.lm.tokens import NO_POSITION, Cutter, Specials, choose_context_length, find_specials
 from tests.tiny_models import make_documents, save_model
 
 PLAIN = Specials(prefix=(), suffix=(), dropped=frozenset(), pad=0)
@@ -136,6 +137,25 @@ def segments_for(folder: Path) -> list[Any]:
     cutter = Cutter(find_specials(tokenizer), 64, drop_first=False)
     ids = tokenizer(make_documents(4), add_special_tokens=False)["input_ids"]
     return [segment for number, tokens in enumerate(ids) for segment in cutter.cut(number, tokens)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "tokenizer", "expected"),
+    [
+        (None, None, 10**30, 512),
+        (None, 4096, 10**30, 512),
+        (None, 256, 10**30, 256),
+        (None, 512, 256, 256),
+        (1024, 4096, 10**30, 1024),
+        (256, 512, 256, 256),
+    ],
+)
+def test_contexts_are_as_long_as_model_and_tokenizer_allow(
+    asked: int | None, model: int | None, tokenizer: int, expected: int
+) -> None:
+    assert choose_context_length(asked, model, SimpleNamespace(model_max_length=tokenizer)) == expected
+    with pytest.raises(ConfigError, match="context_length 600: this model and its tokenizer allow 300"):
+        choose_context_length(600, 300, SimpleNamespace(model_max_length=tokenizer + 300))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -97,6 +97,8 @@ def build_features(
     sae = load(run)
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens = {max_tokens}: expected a positive number")
+    if not 0 <= seed < 1 << 64:
+        raise ConfigError(f"seed = {seed}: expected 0 to 2^64 - 1")
     place = resolve_device(device)
     source = _open_source(sae, data, split, texts, max_tokens, model, unit_rows, str(place))
     try:

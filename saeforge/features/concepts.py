@@ -194,6 +194,9 @@ def concept_table(
     """
     if random_draws < 1 or resamples < 1:
         raise ConfigError(f"random_draws = {random_draws}, resamples = {resamples}: expected positive numbers")
+    for name, number in (("seed", seed), ("shuffle_labels", shuffle_labels)):
+        if number is not None and number < 0:
+            raise ConfigError(f"{name} = {number}: expected at least 0")
     if choose_by not in ("token", "document"):
         raise ConfigError(f"choose_by {choose_by!r}: expected 'token' or 'document'")
     if probe:

@@ -20,12 +20,11 @@ from saeforge.lm.capture import Capture
 from saeforge.lm.load import load_tokenizer
 from saeforge.lm.origin import origin_of
 from saeforge.lm.read import cut_documents, read_activations
-from saeforge.lm.tokens import find_specials
+from saeforge.lm.tokens import choose_context_length, find_specials
 from saeforge.ops import SparseCode
 from saeforge.sae import SAE
 
 BLOCK_ENTRIES = 1 << 23
-LONGEST_CONTEXT = 512
 KEPT_BYTES = 1 << 29  # more activations than that are computed anew for a second pass
 
 Progress = Callable[[str, int, int], None]
@@ -165,7 +164,7 @@ class Reader:
             texts: documents.
             model: where the model is now, if it moved.
             device: torch device.
-            context_length: longest context; None: what the model allows, at most 512 as in a harvest.
+            context_length: longest context; None: as in a harvest, what the model allows, at most 512.
             batch_tokens: most tokens of a forward pass.
 
         Raises:
@@ -176,10 +175,7 @@ class Reader:
         self.origin, self.device, self.batch_tokens = origin, device, batch_tokens
         tokenizer = load_tokenizer(origin.model, origin.revision)
         specials = find_specials(tokenizer)
-        limit = self.loaded.context_limit
-        if context_length is not None and limit is not None and context_length > limit:
-            raise ConfigError(f"context_length {context_length}: model {origin.model!r} allows {limit}")
-        self.context_length = context_length or min(LONGEST_CONTEXT, limit or LONGEST_CONTEXT)
+        self.context_length = choose_context_length(context_length, self.loaded.context_limit, tokenizer)
         self.segments = cut_documents(texts.texts, tokenizer, specials, self.context_length)
         self.pad = specials.pad
         kept = np.zeros(len(texts.texts), np.int64)

@@ -6,13 +6,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from saeforge.demo import passages_path
 from saeforge.errors import ConfigError
-from saeforge.lm.text import Document, JsonLines, open_text
+from saeforge.lm.text import Document, open_text, read_passages
 
 MIN_DOCUMENTS = 8  # of a label in a half: with fewer, an interval over documents says nothing
 
@@ -114,12 +112,13 @@ def read_labelled(texts: str | Sequence[Document], *, seed: int = 0) -> Labelled
             text, and every other one is train.
 
     Raises:
-        ConfigError: no labels or only one, a split for some documents only, one text with two labels or in both halves.
+        ConfigError: no labels or only one, an empty document, a split for some documents only, one text with two labels
+            or in both halves.
     """
     if not isinstance(texts, str):
         source, found = "documents", list(texts)
     elif texts == "demo":
-        source, found = "demo", _demo_passages()
+        source, found = "demo", read_passages()
     else:
         opened = open_text(texts)
         source, found = texts, [opened[i] for i in range(len(opened))]
@@ -129,6 +128,9 @@ def read_labelled(texts: str | Sequence[Document], *, seed: int = 0) -> Labelled
             f"texts {source}: {without:,} of {len(found):,} documents have no label; give each a field `label`, or use "
             "one subfolder per label"
         )
+    empty = [document.name for document in found if not document.text.strip()]
+    if empty:
+        raise ConfigError(f"texts {source}: {empty[0]} is empty; remove it")
     given = sum(document.split is not None for document in found)
     if given not in (0, len(found)):
         raise ConfigError(
@@ -201,12 +203,6 @@ def _find(name: str, labels: Sequence[str]) -> int:
     if name.strip() not in labels:
         raise ConfigError(f"there is no label {name.strip()!r} in the texts; they have {', '.join(labels)}")
     return list(labels).index(name.strip())
-
-
-def _demo_passages() -> list[Document]:
-    files = sorted(Path(passages_path()).glob("*.jsonl"))
-    sources = [(path, JsonLines(path)) for path in files]
-    return [replace(source[i], name=f"{path.stem} {i + 1}") for path, source in sources for i in range(len(source))]
 
 
 def _halve(documents: Sequence[Document], label: np.ndarray, seed: int) -> np.ndarray:

@@ -19,7 +19,6 @@ import torch
 
 from saeforge.data.manifest import SPLITS
 from saeforge.data.shards import ActivationDataset
-from saeforge.demo import passages_path
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.features.aggregate import pack_keys, segment_keys
 from saeforge.lm.capture import Capture
@@ -27,11 +26,10 @@ from saeforge.lm.load import load_tokenizer, tokenizer_card
 from saeforge.lm.origin import Origin
 from saeforge.lm.pack import Contexts, hash_file
 from saeforge.lm.read import cut_documents, read_activations
-from saeforge.lm.text import Document, JsonLines, open_text
-from saeforge.lm.tokens import Segment, find_specials
+from saeforge.lm.text import Document, open_text, read_passages
+from saeforge.lm.tokens import Segment, choose_context_length, find_specials
 
 SEGMENTS_AT_ONCE = 64  # of text: fixed, because a model's rounding depends on its batches
-LONGEST_CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -231,8 +229,7 @@ class TextRows(RowSource):
         self.tokenizer = load_tokenizer(origin.model, origin.revision)
         loaded = origin.load_base(device=device)
         specials = find_specials(self.tokenizer)
-        limits = [loaded.context_limit, self.tokenizer.model_max_length, LONGEST_CONTEXT]
-        length = min(limit for limit in limits if limit)
+        length = choose_context_length(None, loaded.context_limit, self.tokenizer)
         segments = cut_documents([document.text for document in documents], self.tokenizer, specials, length)
         if not segments:
             raise DatasetError(f"text {text!r} holds no token to keep; give more text")
@@ -281,10 +278,11 @@ class TextRows(RowSource):
 
 def _open_documents(text: str) -> list[Document]:
     """Return all documents of a source, empty ones left out."""
-    sources: list[Any] = (
-        [JsonLines(path) for path in sorted(passages_path().glob("*.jsonl"))] if text == "demo" else [open_text(text)]
-    )
-    documents = [source[i] for source in sources for i in range(len(source))]
+    if text == "demo":
+        documents = read_passages()
+    else:
+        source = open_text(text)
+        documents = [source[i] for i in range(len(source))]
     return [document for document in documents if document.text.strip()]
 
 

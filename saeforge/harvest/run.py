@@ -31,11 +31,10 @@ from saeforge.lm.device import resolve_device
 from saeforge.lm.isolation import probe_isolation
 from saeforge.lm.load import LoadedModel, load_model, load_tokenizer, tokenizer_card, versions
 from saeforge.lm.pack import Contexts
-from saeforge.lm.tokens import find_specials
+from saeforge.lm.tokens import choose_context_length, find_specials
 
 MAX_BUCKET_ROWS = 2**20
 MIN_BUCKET_ROWS = 2**12
-DEFAULT_CONTEXT_LENGTH = 512
 ROW_PROVENANCE_BYTES = 4 * len(ROW_FIELDS)
 
 
@@ -76,7 +75,7 @@ def _harvest(folder: DatasetFolder, config: HarvestConfig, device: str) -> Manif
     for name, now in (("model", loaded.card), ("tokenizer", tokenizer_says)):
         if folder.card.setdefault(name, now) != now:
             raise ConfigError(f"the {name} changed since {folder.root} was begun; give --overwrite or another --out")
-    context_length = _context_length(config, loaded, tokenizer)
+    context_length = choose_context_length(config.context_length, loaded.context_limit, tokenizer)
     with Capture(loaded.model, loaded.sites) as capture:
         tokens = folder.root / "tokens"
         tokens.mkdir(exist_ok=True)
@@ -209,16 +208,6 @@ def make_bucket(
             data[site.id].index_copy_(0, torch.from_numpy(target), x.cpu())
         progress.add(high - low)
     return data, provenance
-
-
-def _context_length(config: HarvestConfig, loaded: LoadedModel, tokenizer: Any) -> int:
-    """Return the longest context, and refuse one longer than the model was made for."""
-    limit = min((limit for limit in (loaded.context_limit, tokenizer.model_max_length) if limit), default=None)
-    if config.context_length is None:
-        return DEFAULT_CONTEXT_LENGTH if limit is None else min(DEFAULT_CONTEXT_LENGTH, limit)
-    if limit is not None and config.context_length > limit:
-        raise ConfigError(f"context_length {config.context_length}: this model and its tokenizer allow {limit}")
-    return config.context_length
 
 
 def _check_disk(root: Path, writer: DatasetWriter, missing: list[tuple[str, int]]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from saeforge.errors import ConfigError
 
 NO_POSITION = 0xFFFFFFFF
+DEFAULT_CONTEXT_LENGTH = 512
 _PROBE = "the quick brown fox"
 
 
@@ -54,6 +55,25 @@ def find_specials(tokenizer: Any) -> Specials:
         dropped=frozenset(dropped),
         pad=0 if pad is None else int(pad),
     )
+
+
+def choose_context_length(asked: int | None, model_limit: int | None, tokenizer: Any) -> int:
+    """Return the longest segment, special tokens included.
+
+    Args:
+        asked: what was asked for; None: 512, or what model and tokenizer allow if that is less.
+        model_limit: what the model allows, or None.
+        tokenizer: of the model.
+
+    Raises:
+        ConfigError: more than they allow.
+    """
+    limit = min((limit for limit in (model_limit, tokenizer.model_max_length) if limit), default=None)
+    if asked is None:
+        return DEFAULT_CONTEXT_LENGTH if limit is None else min(DEFAULT_CONTEXT_LENGTH, limit)
+    if limit is not None and asked > limit:
+        raise ConfigError(f"context_length {asked}: this model and its tokenizer allow {limit}")
+    return asked
 
 
 @dataclass(frozen=True)
