@@ -381,6 +381,21 @@ def test_any_query_is_an_answer_or_one_line(home: Path, query: str) -> None:
                 store.search(query)
 
 
+@pytest.mark.parametrize("query", ["${mat}", "${run}", "\\${mat} [the] {red: mat}", "null mat", "a: ${mat"])
+def test_the_command_line_takes_a_query_as_it_is(home: Path, query: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with FeatureStore.open(home / "topk") as store:
+        expected = [hit.latent for hit in store.search(query, 5)]
+    assert main(["features", "search", str(home / "topk"), query, "--limit", "5", "--json"]) == 0
+    assert [hit["latent"] for hit in json.loads(capsys.readouterr().out)] == expected
+
+
+def test_any_number_may_be_asked_for(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, many = str(home / "topk"), str(10**30)
+    assert main(["features", "show", run, "10", "--top", many, "--around", many]) == 0
+    assert main(["features", "list", run, "--limit", many]) == 0
+    assert main(["features", "search", run, "mat", "--limit", many]) == 0
+
+
 def test_show_search_and_list_print(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(home / "threshold")
     assert main(["features", "show", run, "10", "--top", "3"]) == 0
@@ -456,6 +471,7 @@ def test_mistakes_are_one_line(home: Path, tmp_path: Path, capsys: pytest.Captur
     assert "nothing to search for" in fails(["search", run, "++"], capsys)
     assert "sort 'size'" in fails(["list", run, "--sort", "size"], capsys)
     assert "limit = 0" in fails(["list", run, "--limit", "0"], capsys)
+    assert "seed = -1" in fails(["build", run, "--seed", "-1"], capsys)
     assert "leave out --data" in fails(["build", run, "--texts", "stdlib", "--split", "train"], capsys)
     assert "does not exist" in fails(["build", run, "--texts", str(tmp_path / "no.jsonl")], capsys)
     assert "split 'test'" in fails(["build", run, "--split", "test"], capsys)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse
+from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse, plain_text
 from saeforge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _search(argv: list[str]) -> int:
     parser.add_argument("query", type=str, help='Words, all of which must occur; "in quotes" they stand side by side.')
     parser.add_argument("--limit", type=int, default=10, help="Most latents to list.")
     parser.add_argument("--json", action="store_true", help="Print the JSON instead of the table.")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(list(map(plain_text, argv)))
     _check_limit(options.limit)
 
     from dataclasses import asdict

@@ -19,6 +19,11 @@ def configure_jsonargparse() -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True, omegaconf_absolute_to_relative_paths=True)
 
 
+def plain_text(text: str) -> str:
+    """Return an argument that stands for this text itself, also where it looks like an interpolation, `${...}`."""
+    return re.sub(r"(\\*)\$\{", lambda hit: hit[1] * 2 + "\\${", text)
+
+
 def fail(parser: ArgumentParser, message: str, cause: Exception | None) -> NoReturn:
     """Raises a parser's complaint as one line with a suggestion, instead of printing a page of usage.
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse
+from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse, plain_text
 from saeforge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -144,8 +143,7 @@ class _RepeatedOptions(argparse.ArgumentParser):
         found, rest = parser.parse_known_args(list(argv))
         for name, texts in vars(found).items():
             if texts is not None:
-                escaped = [re.sub(r"(\\*)\$\{", lambda hit: hit[1] * 2 + "\\${", text) for text in texts]
-                rest.append(f"--{name}={json.dumps(escaped, ensure_ascii=False)}")
+                rest.append(f"--{name}={json.dumps(list(map(plain_text, texts)), ensure_ascii=False)}")
         return rest
 
     def error(self, message: str) -> NoReturn:

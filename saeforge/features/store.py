@@ -180,7 +180,7 @@ class FeatureStore:
 
     def top(self, latent: int, n: int = 20) -> list[Example]:
         """Return the strongest contexts of a latent, at most one of each segment, strongest first."""
-        return self._examples(latent, "top", n)
+        return self._examples(latent, "top", min(n, int(self.meta["examples"])))
 
     def samples(self, latent: int) -> list[list[Example]]:
         """Return random activations of a latent by range: of the octave of its maximum, of the one below, ..."""
@@ -203,7 +203,7 @@ class FeatureStore:
         found = self._query(
             "SELECT rowid, -bm25(search, 10.0, 5.0, 1.0) AS score, labels, snippet(search, -1, '⟦', '⟧', '…', 24) "
             "FROM search WHERE search MATCH ? ORDER BY score DESC, rowid LIMIT ?",
-            (_fts_query(query), limit),
+            (_fts_query(query), min(limit, self.d_sae)),
         )
         return [Hit(*row) for row in found]
 
@@ -216,7 +216,7 @@ class FeatureStore:
         if sort not in COLUMNS:
             raise ConfigError(f"sort {sort!r}: expected one of {', '.join(COLUMNS)}")
         order = "latent" if sort == "latent" else f"{sort} DESC, latent"
-        rows = self._query(f"SELECT latent FROM latents WHERE count > 0 ORDER BY {order} LIMIT ?", (limit,))
+        rows = self._query(f"SELECT latent FROM latents WHERE count > 0 ORDER BY {order} LIMIT ?", (min(limit, self.d_sae),))
         return [self.latent(latent) for (latent,) in rows]
 
     def column(self, name: str) -> np.ndarray:
