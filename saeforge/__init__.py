@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from saeforge.cli.fit import fit as fit
     from saeforge.errors import SaeforgeError as SaeforgeError
     from saeforge.evaluation import evaluate as evaluate
+    from saeforge.features import FeatureStore as FeatureStore
+    from saeforge.features import build_features as build_features
+    from saeforge.features.concepts import concept_table as concept_table
     from saeforge.harvest import harvest as harvest
     from saeforge.sae import SAE as SAE
     from saeforge.sae import load as load
@@ -27,9 +30,12 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Add": "saeforge.steering",
     "Clamp": "saeforge.steering",
+    "FeatureStore": "saeforge.features",
     "SAE": "saeforge.sae",
     "SaeforgeError": "saeforge.errors",
     "Scale": "saeforge.steering",
+    "build_features": "saeforge.features",
+    "concept_table": "saeforge.features.concepts",
     "evaluate": "saeforge.evaluation",
     "fit": "saeforge.cli.fit",
     "harvest": "saeforge.harvest",
@@ -38,7 +44,22 @@ _PUBLIC = {
     "train": "saeforge.training.train",
 }
 
-__all__ = ["SAE", "Add", "Clamp", "SaeforgeError", "Scale", "evaluate", "fit", "harvest", "load", "steer", "train"]
+__all__ = [
+    "SAE",
+    "Add",
+    "Clamp",
+    "FeatureStore",
+    "SaeforgeError",
+    "Scale",
+    "build_features",
+    "concept_table",
+    "evaluate",
+    "fit",
+    "harvest",
+    "load",
+    "steer",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -122,7 +122,7 @@ class Ordered:
     def _before(self, counts: np.ndarray) -> np.ndarray:
         """Sum over the earlier groups of the same latent."""
         before = np.concatenate([[0.0], np.cumsum(counts)])
-        return before[:-1] - before[self.first[self.latent]]
+        return np.asarray(before[:-1] - before[self.first[self.latent]])
 
     def _per_latent(self, counts: np.ndarray) -> np.ndarray:
         return np.asarray(np.bincount(self.latent, counts, minlength=self.n_latents))

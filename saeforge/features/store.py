@@ -216,7 +216,9 @@ class FeatureStore:
         if sort not in COLUMNS:
             raise ConfigError(f"sort {sort!r}: expected one of {', '.join(COLUMNS)}")
         order = "latent" if sort == "latent" else f"{sort} DESC, latent"
-        rows = self._query(f"SELECT latent FROM latents WHERE count > 0 ORDER BY {order} LIMIT ?", (min(limit, self.d_sae),))
+        rows = self._query(
+            f"SELECT latent FROM latents WHERE count > 0 ORDER BY {order} LIMIT ?", (min(limit, self.d_sae),)
+        )
         return [self.latent(latent) for (latent,) in rows]
 
     def column(self, name: str) -> np.ndarray:
