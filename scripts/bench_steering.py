@@ -34,11 +34,10 @@ from steering_measures import (
     negative_log_likelihood,
     train_classifier,
 )
-from steering_report import report
+from steering_report import LEAST_DISTINCT, MOST_LOSS, report
 from torch import Tensor
 
 import saeforge
-from saeforge.demo import passages_path
 from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.features.store import FeatureStore
 from saeforge.lm.capture import Capture
@@ -46,6 +45,7 @@ from saeforge.lm.causal import CausalLM
 from saeforge.lm.generate import generate
 from saeforge.lm.origin import origin_of
 from saeforge.lm.read import cut_documents, read_activations
+from saeforge.lm.text import read_passages
 from saeforge.lm.tokens import find_specials
 from saeforge.sae import SAE
 from saeforge.steering import Add, Clamp, Edit, steer
@@ -53,7 +53,6 @@ from saeforge.steering import Add, Clamp, Edit, steer
 LANGUAGES = ("english", "french", "german", "italian", "portuguese", "spanish")
 ENGLISH = ("english", "astronomy", "cooking", "golden_gate_bridge", "law", "sycophantic_praise")
 GRID = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # times the latent's maximum
-LEAST_DISTINCT, MOST_LOSS, LEAST_SHARE = 0.8, 1.0, 0.6
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,12 @@ class Outcome:
     distinct: float  # distinct-2 relative to the plain model's
     excess_loss: float  # nats per token under the plain model, above that of its own French
 
-    def holds(self) -> bool:
-        """Whether the text stays varied and likely."""
-        return self.distinct >= LEAST_DISTINCT and self.excess_loss <= MOST_LOSS
+    def holds(self, margin: float = 0.0) -> bool:
+        """Whether the text stays varied and likely, with this share of either allowance to spare."""
+        return (
+            self.distinct >= LEAST_DISTINCT + margin * (1 - LEAST_DISTINCT)
+            and self.excess_loss <= (1 - margin) * MOST_LOSS
+        )
 
 
 class Bench:
@@ -90,7 +92,7 @@ class Bench:
     def __init__(self, run: Path, target: str, setting: Setting) -> None:
         self.sae, self.setting, self.target, self.run = saeforge.load(run), setting, target, run
         self.lm: CausalLM = origin_of(self.sae).load_causal()
-        texts = {split: read_passages(split) for split in ("train", "test")}
+        texts = {split: passages(split) for split in ("train", "test")}
         self.classifier = train_classifier(by_language(texts["train"]))
         self.accuracy = accuracy(self.classifier, by_language(texts["test"]))
         self.texts = texts
@@ -176,12 +178,12 @@ class Bench:
         return direction / direction.norm()
 
 
-def read_passages(split: str) -> dict[str, list[str]]:
+def passages(split: str) -> dict[str, list[str]]:
     """The demo passages of one split by label."""
     result: dict[str, list[str]] = {}
-    for path in sorted(passages_path().glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        result[path.stem] = [row["text"] for row in rows if row["split"] == split]
+    for document in read_passages():
+        if document.split == split:
+            result.setdefault(str(document.label), []).append(document.text)
     return result
 
 
@@ -233,7 +235,8 @@ def choose(
                 f"latent {latent} clamped to {factor}max: {outcome.share.mean:.0%}, distinct-2 {outcome.distinct:.2f}, "
                 f"loss {outcome.excess_loss:+.2f}"
             )
-    fitting = [entry for entry in tried if entry["outcome"].holds()] or tried
+    # What is chosen at the very edge falls over it on the other half.
+    fitting = [entry for entry in tried if entry["outcome"].holds(margin=0.25)] or tried
     best = max(fitting, key=lambda entry: entry["outcome"].share.mean)
     return best["latent"], best["factor"], tried
 
