@@ -478,7 +478,7 @@ def test_mistakes_are_one_line(home: Path, tmp_path: Path, capsys: pytest.Captur
     assert "max_tokens = 0" in fails(["build", run, "--max_tokens", "0"], capsys)
     assert "does not exist" in fails(["build", str(tmp_path / "nowhere")], capsys)
     write_dataset(tmp_path / "bare", {"train": torch.randn(2048, D)}, site="layers.1:out")
-    assert "tokens/packing.json" in fails(["build", run, "--data", str(tmp_path / "bare")], capsys)
+    assert "with --texts" in fails(["build", run, "--data", str(tmp_path / "bare")], capsys)
     sae = SAE.load(home / "topk" / "sae")
     sae.meta = {}
     sae.save(tmp_path / "homeless" / "sae")
@@ -537,8 +537,14 @@ def test_damaged_tokens_are_noticed(home: Path, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match=r"train\.tokens\.npy is missing or damaged"):
+    with pytest.raises(DatasetError, match=r"train\.tokens\.npy is damaged"):
         build_features(run, data=tmp_path / "acts", device="cpu")
+    path.unlink()
+    with pytest.raises(DatasetError, match=r"train\.tokens\.npy is missing"):
+        build_features(run, data=tmp_path / "acts", device="cpu")
+    # The manifest is the truth: what stands beside it does not matter, and neither does a split that is not read.
+    (tmp_path / "acts" / "tokens" / "packing.json").write_text("{")
+    assert build_features(run, data=tmp_path / "acts", split="validation", overwrite=True, device="cpu").tokens > 0
 
 
 def test_an_sae_that_never_fires_has_a_store(home: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from saeforge.data.manifest import Manifest
-from saeforge.errors import ConfigError, DatasetError
+from saeforge.errors import ConfigError
 from saeforge.lm.capture import TokenBatch
-from saeforge.lm.pack import Contexts, hash_file
+from saeforge.lm.pack import open_stored
 
 _CONTEXTS_AT_ONCE = 1024
 
@@ -63,22 +63,15 @@ class HeldOutTexts:
     """
 
     def __init__(self, root: Path, manifest: Manifest, split: str, *, budget: int) -> None:
-        record, folder = manifest.packing, root / "tokens"
-        if not record or split not in record["splits"]:
+        if not manifest.packing or split not in manifest.packing["splits"]:
             raise ConfigError(f"{root} holds activations without their texts; harvest with `saeforge harvest`")
-        for name, sha256 in record["files"].items():
-            if name.startswith(f"{split}.") or name == "documents.jsonl":
-                if not (folder / name).is_file():
-                    raise DatasetError(f"{folder / name} is missing; restore it, or harvest again")
-                if hash_file(folder / name) != sha256:
-                    raise DatasetError(f"{folder / name} is damaged; restore it, or harvest again")
-        self.contexts = Contexts(folder, split, packed=record["packed"], pad=record["special_tokens"]["pad"])
+        self.contexts = open_stored(root, manifest.packing, [split])[split]
         self.n_all = len(self.contexts)
         self.n_contexts, self.tokens = self._within(budget)
         if self.tokens == 0:
             raise ConfigError(f"the {split} texts of {root} hold no two kept tokens side by side; nothing to predict")
         self.longest = int(np.diff(self.contexts.offsets[: self.n_contexts + 1]).max())
-        with (folder / "documents.jsonl").open(encoding="utf-8") as file:
+        with (root / "tokens" / "documents.jsonl").open(encoding="utf-8") as file:
             self.documents: dict[int, dict[str, Any]] = {line["id"]: line for line in map(json.loads, file)}
 
     def batches(self, contexts_at_once: int) -> Iterator[ScoredBatch]:

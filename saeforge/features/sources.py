@@ -24,7 +24,7 @@ from saeforge.features.aggregate import pack_keys, segment_keys
 from saeforge.lm.capture import Capture
 from saeforge.lm.load import load_tokenizer, tokenizer_card
 from saeforge.lm.origin import Origin
-from saeforge.lm.pack import Contexts, hash_file
+from saeforge.lm.pack import Contexts, open_stored
 from saeforge.lm.read import cut_documents, read_activations
 from saeforge.lm.text import Document, open_text, read_passages
 from saeforge.lm.tokens import Segment, choose_context_length, find_specials
@@ -155,7 +155,12 @@ class ShardRows(RowSource):
         splits = [name for name in (SPLITS if split == "all" else [split]) if self.dataset.n_blocks(name)]
         if not splits:
             raise DatasetError(f"{path} has no {split} split; use --split train, or harvest with a validation_share")
-        record = _read_packing(Path(path) / "tokens")
+        packing = self.dataset.manifest.packing
+        if not packing:
+            raise DatasetError(
+                f"{path} does not say which tokens its rows belong to: it was not made by `saeforge harvest`; read "
+                "features from text instead, with --texts"
+            )
         blocks: list[tuple[str, int]] = []
         rows = 0
         for name in splits:
@@ -175,8 +180,8 @@ class ShardRows(RowSource):
             self._units[-1].append(block)
             filled += size
         self.units = len(self._units)
+        self.tokens = _stored_tokens(open_stored(Path(path), packing, splits), packing)
         self.documents = _read_documents(Path(path) / "tokens" / "documents.jsonl", splits)
-        self.tokens = _stored_tokens(Path(path) / "tokens", splits, record)
         manifest = self.dataset.manifest
         name = origin.model if origin else str(manifest.model.get("name"))
         self.tokenizer = load_tokenizer(name, manifest.model.get("revision"))
@@ -286,35 +291,19 @@ def _open_documents(text: str) -> list[Document]:
     return [document for document in documents if document.text.strip()]
 
 
-def _read_packing(folder: Path) -> dict[str, Any]:
-    """Return `tokens/packing.json`, after a check of the files that it names."""
-    path = folder / "packing.json"
-    if not path.is_file():
-        raise DatasetError(
-            f"{folder.parent} does not say which tokens its rows belong to (no tokens/packing.json): it was not made "
-            "by `saeforge harvest`; read features from text instead, with --texts"
-        )
-    record: dict[str, Any] = json.loads(path.read_bytes())
-    for name, sha256 in record["files"].items():
-        if not (folder / name).is_file() or hash_file(folder / name) != sha256:
-            raise DatasetError(f"{folder / name} is missing or damaged; restore it or harvest again")
-    return record
-
-
 def _read_documents(path: Path, splits: Sequence[str]) -> list[DocumentRecord]:
     with path.open(encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     return [DocumentRecord(r["id"], r["name"], r["label"], r["split"]) for r in records if r["split"] in splits]
 
 
-def _stored_tokens(folder: Path, splits: Sequence[str], record: dict[str, Any]) -> StoredTokens:
+def _stored_tokens(contexts: dict[str, Contexts], packing: dict[str, Any]) -> StoredTokens:
     """Index the segments of a dataset's `tokens/`."""
-    special = record["special_tokens"]
+    special = packing["special_tokens"]
     before, behind = len(special["prefix"]), len(special["suffix"])
-    room = record["context_length"] - before - behind
+    room = packing["context_length"] - before - behind
     parts, columns = [], []
-    for number, split in enumerate(splits):
-        arrays = Contexts(folder, split, packed=record["packed"], pad=special["pad"]).arrays
+    for number, arrays in enumerate(own.arrays for own in contexts.values()):
         start = np.flatnonzero(np.asarray(arrays["within"]) == 0)
         length = np.diff(np.append(start, len(arrays["tokens"]))) - before - behind
         keys = pack_keys(arrays["documents"][start], arrays["positions"][start + before])

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from saeforge.data.tario import npy_header
+from saeforge.errors import DatasetError
 from saeforge.lm.capture import TokenBatch
 from saeforge.lm.tokens import Segment
 
@@ -177,3 +179,25 @@ class Contexts:
             torch.from_numpy(np.flatnonzero(real)[keep]),
             np.stack([np.asarray(column)[keep] for column in columns], axis=1).astype(np.uint32),
         )
+
+
+def open_stored(root: Path, packing: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Contexts]:
+    """Open the contexts of a finished dataset, by split, after a look at their checksums and that of documents.jsonl.
+
+    Args:
+        root: the dataset's folder.
+        packing: `packing` of its manifest.
+        splits: which.
+
+    Raises:
+        DatasetError: a file is missing or damaged.
+    """
+    folder = root / "tokens"
+    for name, sha256 in packing["files"].items():
+        if name == "documents.jsonl" or name.split(".")[0] in splits:
+            if not (folder / name).is_file():
+                raise DatasetError(f"{folder / name} is missing; restore it, or harvest again")
+            if hash_file(folder / name) != sha256:
+                raise DatasetError(f"{folder / name} is damaged; restore it, or harvest again")
+    pad = packing["special_tokens"]["pad"]
+    return {split: Contexts(folder, split, packed=packing["packed"], pad=pad) for split in splits}
