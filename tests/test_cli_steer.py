@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers import decoders
 from transformers import GenerationConfig
 
 from saeforge.cli.main import main
@@ -219,6 +220,17 @@ def test_greedy_is_the_argmax_and_ends_at_eos(causal: CausalLM) -> None:
         tokens = before.tokens[: before.tokens.index(token)] if token in before.tokens else before.tokens
         assert after.tokens == tokens  # and the model's own penalty did not apply
     assert len(ended[1].tokens) <= 3
+
+
+def test_a_continuation_keeps_the_space_before_it(tmp_path: Path) -> None:
+    causal = load_causal_lm(str(save_model("llama", tmp_path)))
+    plain = generate(causal, ["the cat"] * 8, max_new_tokens=4)
+    decoder = causal.tokenizer.backend_tokenizer.decoder
+    # As Llama's: a text's first space is not shown.
+    strip = decoders.Sequence([decoder, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    causal.tokenizer.backend_tokenizer.decoder = strip
+    assert any(one.text.startswith(" ") for one in plain)
+    assert [one.text for one in generate(causal, ["the cat"] * 8, max_new_tokens=4)] == [one.text for one in plain]
 
 
 def test_no_prompts_give_no_texts_and_an_empty_one_is_the_bos(causal: CausalLM, tmp_path: Path) -> None:

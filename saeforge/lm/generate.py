@@ -29,7 +29,7 @@ class Continuation:
     Attributes:
         prompt: token ids that it read, special ones included.
         tokens: token ids that it wrote, without the EOS that ended them.
-        text: of these tokens.
+        text: of these tokens, as it stands behind the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -96,11 +96,18 @@ def generate(
         for prompt, tokens in zip(part, written, strict=True):
             length = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
             kept = tokens[:length]
-            text = causal.tokenizer.decode(kept, skip_special_tokens=True)
-            results.append(Continuation(tuple(prompt), tuple(kept), text))
+            results.append(Continuation(tuple(prompt), tuple(kept), _text_of(causal.tokenizer, prompt, kept)))
         if on_progress is not None:
             on_progress(len(results), len(ids))
     return results
+
+
+def _text_of(tokenizer: Any, prompt: list[int], tokens: list[int]) -> str:
+    """Return the text that tokens add to a prompt: alone, some tokenizers would take the space from their beginning."""
+    before, both = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, [*prompt, *tokens]))
+    if both.startswith(before):
+        return both.removeprefix(before)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))  # they complete the prompt's last character
 
 
 class _Noise(LogitsProcessor):
