@@ -22,6 +22,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from bench_quality_judge import machine
 
+from saeforge.errors import SaeforgeError
 from saeforge.features.concepts import CLAIMS, CONVENTIONS, Concept, ConceptTable, concept_table
 from saeforge.features.concepts_score import Score
 from saeforge.sae import load
@@ -99,7 +101,7 @@ def report(tables: dict[str, ConceptTable], command: str, about: dict[str, Any])
         command,
         "```",
         "",
-        "| run | variant | d_sae | L0 on the train passages | steps' tokens |",
+        "| run | variant | d_sae | L0 on the train passages | training tokens |",
         "|---|---|---|---|---|",
     ]
     for name, run in about["runs"].items():
@@ -153,7 +155,7 @@ def describe(run: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """See the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path)
@@ -163,10 +165,18 @@ def main() -> None:
     parser.add_argument("--choose_by", choices=("token", "document"), default="token")
     parser.add_argument("--out", type=Path, help="OUT.md and OUT.json are written")
     parser.add_argument("--make-random-model", type=Path, metavar="FOLDER")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    try:
+        return _run(given, parser)
+    except SaeforgeError as error:
+        print(f"bench_concepts.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if given.make_random_model is not None:
         make_random_model(given.make_random_model)
-        return
+        return 0
     if not given.runs or given.out is None:
         parser.error("give RUN folders and --out (or --make-random-model)")
     names = [run.name for run in given.runs]
@@ -198,7 +208,8 @@ def main() -> None:
     data = {**about, "command": command, "conventions": CONVENTIONS, "claims": CLAIMS, "results": results}
     given.out.with_name(f"{given.out.name}.json").write_text(json.dumps(data, indent=1) + "\n")
     print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

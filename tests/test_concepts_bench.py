@@ -70,6 +70,12 @@ def test_the_report_holds_every_figure_and_every_failure(bench: Any) -> None:
     assert lines[-1] == "Note: the logistic probe was left out."
 
 
+def test_a_run_that_is_not_there_is_one_line(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.strip().startswith("bench_concepts.py: error: ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_control_adds_its_row_and_its_claim(bench: Any) -> None:
     table = make_table((Failure("control", 0.7, 0.75),))
     table = replace(table, concepts=(replace(table.concepts[0], control=make_score(0.74, 0.5)),))
