@@ -304,9 +304,14 @@ def test_a_folder_with_a_run_is_not_overwritten(
     assert main(args) == 0
     assert main(args) == 2
     assert "--ckpt_path last" in capsys.readouterr().err
-    (tmp_path / "run" / "evaluation.json").write_text("{}")
+    results = [
+        tmp_path / "run" / name
+        for name in ("evaluation.json", "concepts.json", "features.sqlite", ".features.sqlite.progress.npz")
+    ]
+    for path in results:
+        path.write_text("{}")
     assert main([*args, "--overwrite=true"]) == 0
-    assert not (tmp_path / "run" / "evaluation.json").exists()  # it was of the former SAE
+    assert not any(path.exists() for path in results)  # they were of the former SAE
     with pytest.raises(saeforge.SaeforgeError, match="already holds a run"):
         saeforge.train(dataset, run=tmp_path / "run", progress=False)
 

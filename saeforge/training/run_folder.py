@@ -17,6 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from saeforge.errors import CheckpointError, ConfigError, SaeforgeError
+from saeforge.features.store import STORE_FILE, progress_file
 from saeforge.training.module import SAEModule
 
 CHECKPOINTS_PER_RUN = 10
@@ -73,7 +74,8 @@ def clear(run: Path) -> None:
     for name in ("checkpoints", "sae"):
         if (run / name).exists():
             shutil.rmtree(run / name)
-    (run / "evaluation.json").unlink(missing_ok=True)
+    for path in (run / "evaluation.json", run / "concepts.json", run / STORE_FILE, progress_file(run)):
+        path.unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
