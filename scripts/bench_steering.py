@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class Outcome:
     share: Interval  # named French, over prompts
     distinct: float  # distinct-2 relative to the plain model's
     excess_loss: float  # nats per token under the plain model, above that of its own French
+    kl: float | None = None  # reached on plain English text, where it was matched
 
     def holds(self, margin: float = 0.0) -> bool:
         """Whether the text stays varied and likely, with this share of either allowance to spare."""
@@ -98,7 +99,7 @@ class Bench:
         self.texts = texts
         english = {split: [text for label in ENGLISH for text in texts[split][label]] for split in texts}
         self.prompts = {split: self._prompts(own) for split, own in english.items()}
-        self.neutral = self._sequences(english["test"][: setting.prompts])
+        self.neutral = self._sequences(english["test"][:: max(1, len(english["test"]) // setting.prompts)])
         self.plain_log_p = log_probabilities(self.lm.model, self.neutral)
         own = [prompt for split in texts for prompt in self._prompts(texts[split][target])]
         written = self._continue(own)
@@ -155,7 +156,10 @@ class Bench:
         return Outcome(share, distinct, float(np.mean(self._loss(rows))) - self.own_loss)
 
     def kl(self, sae: SAE, edits: Mapping[int, Edit]) -> tuple[float, float]:
-        """Mean KL(plain || steered) on held-out English text, and the norm of the one edit's mean change there."""
+        """Mean KL(plain || steered) on held-out English text, and the norm of the one edit's mean change there.
+
+        That is the mean norm where all changes have one sign, as those of a clamp to the maximum or more.
+        """
         with steer(self.lm.model, sae, edits, tokenizer=self.lm.tokenizer) as steering:
             steered = log_probabilities(self.lm.model, self.neutral)
         audit = steering.audit().latents
@@ -218,8 +222,10 @@ def candidates(run: Path, target: str, n: int) -> list[int]:
     path = run / "concepts.json"
     if not path.is_file():
         raise ConfigError(f"no {path}: run `saeforge features concepts {run} --texts demo` first")
-    (concept,) = [row for row in json.loads(path.read_text())["concepts"] if row["label"] == target]
-    return [int(entry["latent"]) for entry in concept["top"]][:n]
+    for concept in json.loads(path.read_text())["concepts"]:
+        if concept["label"] == target:
+            return [int(entry["latent"]) for entry in concept["top"]][:n]
+    raise ConfigError(f"{path} has no label {target}: run `saeforge features concepts {run} --texts demo`")
 
 
 def choose(
@@ -235,18 +241,25 @@ def choose(
                 f"latent {latent} clamped to {factor}max: {outcome.share.mean:.0%}, distinct-2 {outcome.distinct:.2f}, "
                 f"loss {outcome.excess_loss:+.2f}"
             )
-    # What is chosen at the very edge falls over it on the other half.
-    fitting = [entry for entry in tried if entry["outcome"].holds(margin=0.25)] or tried
+    # What is chosen at the very edge falls over it on the other half. If nothing holds at all, the report shows it.
+    with_room = [entry for entry in tried if entry["outcome"].holds(margin=0.25)]
+    fitting = with_room or [entry for entry in tried if entry["outcome"].holds()] or tried
     best = max(fitting, key=lambda entry: entry["outcome"].share.mean)
     return best["latent"], best["factor"], tried
 
 
 def controls(
-    bench: Bench, latent: int, value: float, kl: float, norm: float, density: Mapping[int, float]
-) -> dict[str, Any]:
-    """Other ways to push the model as far: same mean KL on plain text, or for random directions also the same norm."""
+    bench: Bench, latents: Sequence[int], kl: float, norm: float, density: Mapping[int, float]
+) -> dict[str, list[Outcome]]:
+    """Other ways to push the model as far: same mean KL on plain text, or for random directions also the same norm.
+
+    The first of `latents` is the one that was chosen; the others are the target's too, and so no controls.
+    """
+    latent = latents[0]
     generator = torch.Generator().manual_seed(0)
-    others = sorted((other for other in density if other != latent), key=lambda o: abs(density[o] - density[latent]))
+    others = sorted(
+        (other for other in density if other not in latents), key=lambda other: abs(density[other] - density[latent])
+    )
     matched = others[: bench.setting.matched_latents]
     ways: dict[str, list[tuple[SAE, int]]] = {
         "the latent's decoder row, added": [(direction_sae(bench.sae, unit(bench.sae.W_dec[latent])), 0)],
@@ -257,14 +270,14 @@ def controls(
         ],
         "latents of the same density": [(bench.sae, other) for other in matched],
     }
-    found: dict[str, Any] = {}
+    found: dict[str, list[Outcome]] = {}
     for name, members in ways.items():
         outcomes = []
         for sae, number in members:
             edit = Clamp if sae is bench.sae else Add
-            strength = match(lambda s, sae=sae, n=number, e=edit: bench.kl(sae, {n: e(s)})[0], kl, start=norm)
-            outcomes.append(bench.outcome(sae, {number: edit(strength)}, "test"))
-            say(f"{name} {len(outcomes)} of {len(members)}: {outcomes[-1].share.mean:.0%}")
+            strength, reached = match(lambda s, sae=sae, n=number, e=edit: bench.kl(sae, {n: e(s)})[0], kl, start=norm)
+            outcomes.append(replace(bench.outcome(sae, {number: edit(strength)}, "test"), kl=reached))
+            say(f"{name} {len(outcomes)} of {len(members)}: {outcomes[-1].share.mean:.0%} at KL {reached:.3f}")
         found[f"{name}, same KL"] = outcomes
     found["random directions, same norm"] = [
         bench.outcome(sae, {0: Add(norm)}, "test") for sae, _ in ways["random directions"]
@@ -338,6 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with FeatureStore.open(given.run) as store:
             maxima, density = (dict(enumerate(store.column(name).tolist())) for name in ("max", "density"))
         latent, factor, tried = choose(bench, latents, maxima)
+        latents = [latent, *(other for other in latents if other != latent)]
         value = factor * maxima[latent]
         kl, norm = bench.kl(bench.sae, {latent: Clamp(value)})
         results = {
@@ -345,8 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "tried": tried,
             "plain": bench.judge(bench.plain["test"], "test"),
             "latent": bench.outcome(bench.sae, {latent: Clamp(value)}, "test"),
-            "controls": controls(bench, latent, value, kl, norm, density),
-            "suppression": suppression(bench, [latent, *(other for other in latents if other != latent)], maxima),
+            "controls": controls(bench, latents, kl, norm, density),
+            "suppression": suppression(bench, latents, maxima),
             "classifier_accuracy": bench.accuracy,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         }

@@ -102,25 +102,25 @@ def mean_kl(plain: Sequence[Tensor], steered: Sequence[Tensor]) -> float:
     return total / sum(len(p) for p in plain)
 
 
-def match(measure: Callable[[float], float], target: float, start: float, *, tolerance: float = 0.03) -> float:
-    """The strength at which a rising measure reaches its target, by bisection of its logarithm.
+def match(
+    measure: Callable[[float], float], target: float, start: float, *, tolerance: float = 0.03
+) -> tuple[float, float]:
+    """The strength at which a rising measure comes nearest to its target, by bisection of its logarithm.
 
-    Raises:
-        ValueError: 20 doublings of the strength do not reach it.
+    Returns:
+        Strength and what the measure says there; further than the tolerance if nothing from 2^-10 to 2^10 times `start`
+        comes nearer.
     """
-    low, high = 0.0, start
-    for _ in range(20):
-        if measure(high) >= target:
-            break
-        low, high = high, 2 * high
-    else:
-        raise ValueError(f"no strength up to {high:g} reaches {target:g}")
-    if low == 0.0:
-        low = start / 2**20
-    for _ in range(40):
-        middle = float(np.sqrt(low * high))
-        value = measure(middle)
+    low, high = start / 2**10, start * 2**10
+    middle = start
+    best = (middle, measure(middle))
+    for _ in range(30):
+        value = measure(middle) if middle != best[0] else best[1]
+        if abs(value - target) < abs(best[1] - target):
+            best = (middle, value)
         if abs(value - target) <= tolerance * target:
-            return middle
+            break
         low, high = (middle, high) if value < target else (low, middle)
-    return middle
+        # Doubling and halving first, while the far end is only a limit.
+        middle = min(max(float(np.sqrt(low * high)), middle / 2), middle * 2)
+    return best

@@ -57,8 +57,11 @@ def report(path: Path, sae: SAE, target: str, setting: Any, results: dict[str, A
             f"| {name} ({len(outcomes)}) | mean {sum(shares) / len(shares):.1%}, highest {max(shares):.1%} "
             f"| {mean([o.distinct for o in outcomes]):.2f} | {mean([o.excess_loss for o in outcomes]):+.2f} |"
         )
+    matched = [one.kl for outcomes in results["controls"].values() for one in outcomes if one.kl is not None]
+    missed = sum(abs(kl - chosen["kl"]) > 0.05 * chosen["kl"] for kl in matched)
     lines += [
         "",
+        f"Same KL: reached within 5% by {len(matched) - missed} of {len(matched)} controls; the JSON has each one's. "
         f"Distinct-2 is pooled over a prompt's {setting.seeds} continuations. Loss: nats a token of the continuations "
         f"under the plain model given their prompts, less that of the plain model's own continuations of {target} "
         "prompts.",
