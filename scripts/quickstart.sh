@@ -2,7 +2,7 @@
 # From nothing to an autoencoder that is trained, judged, read and used for steering, with one command:
 #     bash scripts/quickstart.sh
 #
-# Makes .venv, harvests activations of the demo model that ships with saeforge, trains 4,096 latents, judges them, finds
+# Makes .venv, harvests activations of the demo model that ships with saeforge, trains 2,048 latents, judges them, finds
 # those for French, German and Python, and lets the French one loose. Needs no network but the package index. A second call goes on where the first one stopped, and repeats nothing that is done.
 # PYTHON chooses the interpreter (3.11 or later); QUICKSTART_ROOT another place for data/ and runs/ than this folder.
 set -euo pipefail
