@@ -52,11 +52,11 @@ print(next(row["latent"] for row in json.load(open(sys.argv[1]))["concepts"] if 
 EOP
 }
 for label in french german python; do
-  saeforge features show "$RUN" "$(latent "$label")" --top 4
+  saeforge features show "$RUN" "$(latent "$label")" --top 4 --samples 1
 done
 
-echo "== steering: the latent for French, clamped to twice its maximum"
-saeforge steer "$RUN" --edit "$(latent french)=clamp:2max" --prompt "The bridge was built" --prompt "In the morning she"
+echo "== steering: the latent for French, clamped to its maximum"
+saeforge steer "$RUN" --edit "$(latent french)=clamp:1max" --prompt "The bridge was built" --prompt "In the morning she"
 
 cat <<TEXT
 

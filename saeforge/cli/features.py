@@ -132,11 +132,13 @@ def _show(argv: list[str]) -> int:
     parser = make_parser("show", "Show one latent: statistics, strongest contexts, samples by strength.")
     parser.add_argument("latent", type=int, help="Number of the latent.")
     parser.add_argument("--top", type=int, default=10, help="Strongest contexts to show, at most 20.")
+    parser.add_argument("--samples", type=int, default=5, help="Samples to show of each range, at most 5.")
     parser.add_argument("--around", type=int, default=12, help="Tokens to show on both sides, at most 24.")
     parser.add_argument("--json", action="store_true", help="Print the JSON instead.")
     options = parser.parse_args(argv)
-    if options.top < 0 or options.around < 0:
-        raise ConfigError(f"top = {options.top}, around = {options.around}: expected at least 0")
+    for name in ("top", "samples", "around"):
+        if options[name] < 0:
+            raise ConfigError(f"{name} = {options[name]}: expected at least 0")
 
     from dataclasses import asdict
 
@@ -145,7 +147,8 @@ def _show(argv: list[str]) -> int:
 
     with FeatureStore.open(options.run) as store:
         feature = store.latent(options.latent)
-        top, samples = store.top(options.latent, options.top), store.samples(options.latent)
+        top = store.top(options.latent, options.top)
+        samples = [part[: options.samples] for part in store.samples(options.latent)]
         d_sae = store.d_sae
     if options.json:
         content = {
