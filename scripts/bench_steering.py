@@ -5,8 +5,7 @@
 
 Latent and strength are chosen on prompts from the training passages and reported on prompts from the held-out ones.
 At the chosen strength's mean KL on plain English text stand the difference of means, random directions, and latents
-that fire as often; random directions also at the edit's mean norm. Writes the report and, beside it, every number as
-JSON.
+that fire as often. Writes the report and, beside it, every number as JSON.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from saeforge.steering import Add, Clamp, Edit, steer
 
 LANGUAGES = ("english", "french", "german", "italian", "portuguese", "spanish")
 ENGLISH = ("english", "astronomy", "cooking", "golden_gate_bridge", "law", "sycophantic_praise")
-GRID = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # times the latent's maximum
+GRID = (0.5, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 3.0)  # times the latent's maximum
 
 
 @dataclass(frozen=True)
@@ -242,7 +241,7 @@ def choose(
                 f"loss {outcome.excess_loss:+.2f}"
             )
     # What is chosen at the very edge falls over it on the other half. If nothing holds at all, the report shows it.
-    with_room = [entry for entry in tried if entry["outcome"].holds(margin=0.25)]
+    with_room = [entry for entry in tried if entry["outcome"].holds(margin=0.1)]
     fitting = with_room or [entry for entry in tried if entry["outcome"].holds()] or tried
     best = max(fitting, key=lambda entry: entry["outcome"].share.mean)
     return best["latent"], best["factor"], tried
@@ -251,7 +250,7 @@ def choose(
 def controls(
     bench: Bench, latents: Sequence[int], kl: float, norm: float, density: Mapping[int, float]
 ) -> dict[str, list[Outcome]]:
-    """Other ways to push the model as far: same mean KL on plain text, or for random directions also the same norm.
+    """Other ways to push the model as far, by mean KL on plain text.
 
     The first of `latents` is the one that was chosen; the others are the target's too, and so no controls.
     """
@@ -279,9 +278,6 @@ def controls(
             outcomes.append(replace(bench.outcome(sae, {number: edit(strength)}, "test"), kl=reached))
             say(f"{name} {len(outcomes)} of {len(members)}: {outcomes[-1].share.mean:.0%} at KL {reached:.3f}")
         found[f"{name}, same KL"] = outcomes
-    found["random directions, same norm"] = [
-        bench.outcome(sae, {0: Add(norm)}, "test") for sae, _ in ways["random directions"]
-    ]
     return found
 
 
