@@ -55,8 +55,8 @@ for label in french german python; do
   saeforge features show "$RUN" "$(latent "$label")" --top 4 --samples 1
 done
 
-echo "== steering: the latent for French, clamped to its maximum"
-saeforge steer "$RUN" --edit "$(latent french)=clamp:1max" --prompt "The bridge was built" --prompt "In the morning she"
+echo "== steering: the latent for French, clamped to 1.25 times its maximum"
+saeforge steer "$RUN" --edit "$(latent french)=clamp:1.25max" --prompt "In the kitchen" --prompt "The bridge was built"
 
 cat <<TEXT
 
