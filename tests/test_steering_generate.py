@@ -209,7 +209,7 @@ def test_the_demo_model_writes_the_same_text_cached_uncached_and_padded(rule: st
         cached = torch.cat([greedy(model, prompt[None], eos_token_id=None) for prompt in prompts])
         assert torch.equal(greedy(model, prompts[0][None], eos_token_id=None, use_cache=False), cached[:1])
         assert torch.equal(greedy(model, *left_padded(prompts), eos_token_id=None), cached)
-    assert (cached != plain).any(1).all()
+    assert (cached != plain).any()  # a random SAE need not change the greedy text of every prompt
     assert steering.audit().touched > 0
     nothing: dict[int, Edit] = {3: Scale(1), 5: Add(0)}
     with steer(model, sae, nothing, site="resid_post.3", tokenizer=causal.tokenizer):
