@@ -32,7 +32,7 @@ from bench_quality_judge import machine
 
 from saeforge.errors import SaeforgeError
 from saeforge.features.concepts import CLAIMS, CONVENTIONS, Concept, ConceptTable, concept_table
-from saeforge.features.concepts_score import Score
+from saeforge.features.concepts.score import Score
 from saeforge.sae import load
 
 AGAINST = ("french=spanish,italian,portuguese", "python=c,html,json")

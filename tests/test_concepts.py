@@ -17,10 +17,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from saeforge.cli.concepts import run as run_command
 from saeforge.errors import ConfigError
 from saeforge.features import FeatureStore, build_features, concepts_columns
-from saeforge.features.baselines import fit_probe
 from saeforge.features.concepts import ConceptTable, concept_table
-from saeforge.features.concepts_columns import Reader
-from saeforge.features.concepts_documents import LabelledTexts, read_labelled
+from saeforge.features.concepts.baselines import fit_probe
+from saeforge.features.concepts.columns import Reader
+from saeforge.features.concepts.documents import LabelledTexts, read_labelled
 from saeforge.lm.load import load_model
 from saeforge.lm.text import Document
 from saeforge.sae import SAE

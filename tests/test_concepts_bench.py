@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from saeforge.features.concepts import Concept, ConceptTable, Failure, TopLatent
-from saeforge.features.concepts_score import Estimate, Score
+from saeforge.features.concepts.score import Estimate, Score
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -11,11 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from saeforge.features import concepts_columns
-from saeforge.features.baselines import LabelMeans, fit_probe, random_latents
-from saeforge.features.concepts_columns import LatentColumns
-from saeforge.features.concepts_documents import Comparison, LabelledTexts, make_comparisons
-from saeforge.features.concepts_measure import Latents, Protocol, TokenSample
-from saeforge.features.concepts_score import Judge
+from saeforge.features.concepts.baselines import LabelMeans, fit_probe, random_latents
+from saeforge.features.concepts.columns import LatentColumns
+from saeforge.features.concepts.documents import Comparison, LabelledTexts, make_comparisons
+from saeforge.features.concepts.measure import Latents, Protocol, TokenSample
+from saeforge.features.concepts.score import Judge
 from saeforge.ops import SparseCode
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from saeforge.features.concepts_columns import pool_mean
-from saeforge.features.ranking import (
+from saeforge.features.concepts.columns import pool_mean
+from saeforge.features.concepts.ranking import (
     Entries,
     Ordered,
     draw_weights,

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from saeforge.errors import ConfigError
-from saeforge.features.concepts_documents import Comparison, LabelledTexts
-from saeforge.features.ranking import Entries, Ordered, Ranking
+from saeforge.features.concepts.documents import Comparison, LabelledTexts
+from saeforge.features.concepts.ranking import Entries, Ordered, Ranking
 from saeforge.lm.capture import Capture
 from saeforge.lm.load import load_tokenizer
 from saeforge.lm.origin import origin_of

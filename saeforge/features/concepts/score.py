@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from saeforge.features.concepts_documents import Comparison, LabelledTexts
-from saeforge.features.ranking import Entries, Ordered, Ranking, draw_weights, f1_at, resample_auroc
+from saeforge.features.concepts.documents import Comparison, LabelledTexts
+from saeforge.features.concepts.ranking import Entries, Ordered, Ranking, draw_weights, f1_at, resample_auroc
 
 RESAMPLES = 1000
 COVERAGE = 0.95

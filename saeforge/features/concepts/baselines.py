@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.features.concepts_documents import Comparison
+from saeforge.features.concepts.documents import Comparison
 from saeforge.sae import SAE
 
 PROBE_C = 0.01

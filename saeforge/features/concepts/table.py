@@ -17,10 +17,10 @@ import torch
 from saeforge import __version__
 from saeforge.data.manifest import write_json
 from saeforge.errors import ConfigError
-from saeforge.features.baselines import PROBE_C, LabelMeans, check_probe
-from saeforge.features.concepts_columns import Progress, Reader
-from saeforge.features.concepts_documents import LabelledTexts, make_comparisons, read_labelled
-from saeforge.features.concepts_measure import (
+from saeforge.features.concepts.baselines import PROBE_C, LabelMeans, check_probe
+from saeforge.features.concepts.columns import Progress, Reader
+from saeforge.features.concepts.documents import LabelledTexts, make_comparisons, read_labelled
+from saeforge.features.concepts.measure import (
     Baselines,
     Protocol,
     TokenSample,
@@ -28,7 +28,7 @@ from saeforge.features.concepts_measure import (
     judge_baselines,
     read_latents,
 )
-from saeforge.features.concepts_score import RESAMPLES, Judge, Score, average_scores
+from saeforge.features.concepts.score import RESAMPLES, Judge, Score, average_scores
 from saeforge.features.schema import Label
 from saeforge.features.store import STORE_FILE, FeatureStore
 from saeforge.lm.device import resolve_device

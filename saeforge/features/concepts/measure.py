@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeforge.features.baselines import LabelMeans, Probe, fit_probe, random_latents
-from saeforge.features.concepts_columns import LatentColumns, Progress, Reader, TrainRanking, rank_latents
-from saeforge.features.concepts_documents import Comparison, LabelledTexts
-from saeforge.features.concepts_score import Judge, Score
+from saeforge.features.concepts.baselines import LabelMeans, Probe, fit_probe, random_latents
+from saeforge.features.concepts.columns import LatentColumns, Progress, Reader, TrainRanking, rank_latents
+from saeforge.features.concepts.documents import Comparison, LabelledTexts
+from saeforge.features.concepts.score import Judge, Score
 from saeforge.sae import SAE
 
 SAMPLE_TOKENS = 65_536
