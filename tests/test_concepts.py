@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from saeforge.cli.concepts import run as run_command
 from saeforge.errors import ConfigError
-from saeforge.features import FeatureStore, build_features, concepts_columns
+from saeforge.features import FeatureStore, build_features
 from saeforge.features.concepts import ConceptTable, concept_table
 from saeforge.features.concepts.baselines import fit_probe
 from saeforge.features.concepts.columns import Reader
@@ -145,7 +145,7 @@ def test_with_shuffled_labels_the_model_tells_nothing_held_out(model: Path) -> N
 def test_the_result_does_not_depend_on_whether_activations_are_kept(
     model: Path, texts: list[Document], table: ConceptTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(concepts_columns, "KEPT_BYTES", 0)
+    monkeypatch.setattr("saeforge.features.concepts.columns.KEPT_BYTES", 0)
     again = concept_table(make_sae(model), texts, resamples=100, random_draws=2, control=make_sae(model, seed=9))
     assert again.to_json() == table.to_json()
 

@@ -10,7 +10,6 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from saeforge.features import concepts_columns
 from saeforge.features.concepts.baselines import LabelMeans, fit_probe, random_latents
 from saeforge.features.concepts.columns import LatentColumns
 from saeforge.features.concepts.documents import Comparison, LabelledTexts, make_comparisons
@@ -106,7 +105,7 @@ def test_max_and_mean_pooling_differ_as_they_should() -> None:
 
 
 def test_all_latents_are_ranked_as_dense_data_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(concepts_columns, "BLOCK_ENTRIES", 100)
+    monkeypatch.setattr("saeforge.features.concepts.columns.BLOCK_ENTRIES", 100)
     texts = make_texts(3, 16)
     rng = np.random.default_rng(0)
     document = rng.permutation(np.repeat(np.arange(48), rng.integers(3, 9, size=48))).astype(np.int32)
