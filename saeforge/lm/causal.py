@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from saeforge.errors import ConfigError
-from saeforge.lm.load import MODEL_DTYPES, find_card, first_line, load_tokenizer, quiet, resolve_model
+from saeforge.lm.load import MODEL_DTYPES, find_card, first_line, load_tokenizer, quiet, read_config, resolve_model
 
 
 @dataclass
@@ -43,10 +43,7 @@ def load_causal_lm(name: str, *, revision: str | None = None, dtype: str = "auto
     """
     folder = resolve_model(name)
     with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, revision=revision)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+        config = read_config(name, folder, revision)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,

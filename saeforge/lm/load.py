@@ -114,10 +114,7 @@ def load_model(
     """
     folder = resolve_model(name)
     with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, revision=revision)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+        config = read_config(name, folder, revision)
         if config.is_encoder_decoder:
             raise ConfigError(
                 f"model {name!r} is an encoder-decoder ({config.model_type}); give a causal LM or an encoder"
@@ -162,6 +159,18 @@ def load_model(
     model.eval().requires_grad_(False).to(device)
     card = {**find_card(name, folder, model, config, revision), "layers": total, "layers_loaded": loaded}
     return LoadedModel(model, resolved, getattr(text_config, "max_position_embeddings", None), card)
+
+
+def read_config(name: str, folder: str, revision: str | None) -> Any:
+    """Return the configuration of a model, from its folder or the hub.
+
+    Raises:
+        ConfigError: there is none, or none that this transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def find_card(name: str, folder: str, model: Any, config: Any, revision: str | None) -> dict[str, Any]:
