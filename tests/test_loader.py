@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from saeforge.data.batch import Batch
-from saeforge.data.loader import TrainLoader, ValidationLoader, sample_rows
+from saeforge.data.loader import TrainLoader, ValidationLoader, _Stream
 from saeforge.data.plan import Plan
-from saeforge.data.source import TensorSource
+from saeforge.data.source import Buffers, TensorSource, empty_rows
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
 
 N, BATCH = 1500, 64
@@ -31,12 +31,14 @@ def source(share: float = 0.2, *, paired: bool = False) -> TensorSource:
     return TensorSource(x, x.repeat(1, 2)[:, :3] * 10 if paired else None, validation_share=share)
 
 
-def loader(total: int | None = None, *, of: Any = None, rank: int = 0, world: int = 1, **options: int) -> TrainLoader:
+def loader(
+    total: int | None = None, *, of: Any = None, rank: int = 0, world: int = 1, reuse: bool = False, **options: int
+) -> TrainLoader:
     of = of or source()
     given = {"batch_rows": BATCH, "lanes": 8, "window_blocks": 2, "seed": 3, **options}
     plan = Plan(of.n_blocks("train"), of.block_rows("train"), **given)
     total = 2 * plan.batches_per_pass + 5 if total is None else total  # into the third pass
-    return TrainLoader(of, plan, total, rank=rank, world=world)
+    return TrainLoader(of, plan, total, rank=rank, world=world, reuse=reuse)
 
 
 def ids(batch: Batch) -> list[int]:
@@ -50,10 +52,10 @@ def reading_threads() -> list[str]:
 class Failing(TensorSource):
     """Its block 5 cannot be read."""
 
-    def read_block(self, split: str, index: int) -> tuple[Tensor, Tensor | None]:
+    def read_block(self, split: str, index: int, into: Buffers | None = None) -> Buffers:
         if index == 5 and hasattr(self, "fingerprint"):
             raise DatasetError("shard train-000000.tar, block 5: checksum")
-        return super().read_block(split, index)
+        return super().read_block(split, index, into)
 
 
 def test_batches_hold_the_rows_of_the_plan_in_its_order() -> None:
@@ -208,16 +210,68 @@ def test_threads_end_with_the_generator_however_it_ends() -> None:
     assert reading_threads() == []
 
 
-def test_windows_no_longer_needed_are_let_go() -> None:
-    mine = loader()
-    most = max(len(mine._windows) for _ in mine)
-    assert most <= 3 * len(mine.lanes)  # what a batch spans, and one window ahead
-    assert mine._windows == {}
+def test_the_memory_of_windows_goes_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def count(of: Any, rows: int, **options: Any) -> Buffers:
+        taken.append(rows)
+        return empty_rows(of, rows, **options)
+
+    monkeypatch.setattr("saeforge.data.loader.empty_rows", count)
+    mine = loader(reuse=True)
+    most = sum(1 for _ in mine)
+    windows = [rows for rows in taken if rows != BATCH]
+    assert most > 30
+    assert len(windows) <= 3 * len(mine.lanes)  # what a batch spans, and one window ahead
+    assert set(windows) == {max(windows)}
+    assert len(taken) - len(windows) == 3  # batches
+
+
+def test_reused_batches_hold_the_same_rows_until_the_third_after_them() -> None:
+    fresh = [batch.x for batch in loader()]
+    last: list[Tensor] = []
+    for index, batch in enumerate(loader(reuse=True)):
+        last = [*last[-2:], batch.x]
+        assert all(torch.equal(a, b) for a, b in zip(last, fresh[max(0, index - 2) : index + 1], strict=True))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_rows_staged_for_a_device_are_the_same(paired: bool) -> None:
+    """A device other than the CPU has windows of its own; `cpu:0` takes that way without a GPU."""
+
+    class Staged(TrainLoader):
+        def __iter__(self) -> Iterator[Batch]:
+            stream = _Stream(self.source, self.plan, self.lanes, torch.device("cpu"), 2)
+            stream.staged = True
+            try:
+                for index in range(self.total):
+                    yield stream.batch(index, False)
+            finally:
+                stream.close()
+
+    of = source(paired=paired)
+    plain = loader(of=of)
+    staged = Staged(of, plain.plan, plain.total)
+    for a, b in zip(plain, staged, strict=True):
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.target, b.target)
+
+
+def test_reading_is_counted() -> None:
+    mine = loader(20)
+    batches = [batch.x for batch in mine]
+    stats = mine.read_stats()
+    assert stats.batches == 20
+    assert stats.bytes >= sum(x.nbytes for x in batches) > 0
+    assert stats.read_seconds > 0
+    assert stats.wait_seconds > 0
+    assert set(stats.figures()) == {"wait_ms", "windows_ready", "read_gb_per_second"}
+    assert mine.read_stats().batches == 0
 
 
 def test_paired_targets_stay_beside_their_rows() -> None:
     of = source(paired=True)
-    batches = [*loader(of=of), *ValidationLoader(of, 100), sample_rows(of, 300)]
+    batches = [*loader(of=of), *ValidationLoader(of, 100), of.sample(300)]
     assert len(batches) > 20
     for batch in batches:
         assert batch.target is not batch.x
@@ -275,7 +329,7 @@ def test_without_held_out_rows_there_are_no_batches() -> None:
 def test_sampled_rows_are_spread_distinct_training_rows_the_same_each_time(rows: int) -> None:
     of = source()
     n_blocks = of.n_blocks("train")
-    first, second = sample_rows(of, rows), sample_rows(of, rows)
+    first, second = of.sample(rows), of.sample(rows)
     assert torch.equal(first.x, second.x)
     assert first.target is first.x
     found = ids(first)

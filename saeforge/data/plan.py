@@ -10,6 +10,7 @@ is not promised to be); permutations are stable argsorts of it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +100,7 @@ class Plan:
     def blocks(self, pass_index: int, lane: int, window: int) -> list[int]:
         """The blocks of one window of one lane."""
         start, stop = self.window_bounds(window)
-        order = permutation(self.n_blocks, self.seed, 0, pass_index)
+        order = _block_order(self.n_blocks, self.seed, pass_index)
         return [int(block) for block in order[lane :: self.lanes][start:stop]]
 
     def rows(self, pass_index: int, lane: int, window: int) -> np.ndarray:
@@ -116,11 +117,21 @@ class Plan:
         pass_index, index = divmod(batch, self.batches_per_pass)
         start, stop = index * self.lane_rows, (index + 1) * self.lane_rows
         pieces = []
-        for window in range(self.windows_per_lane):
+        while start < stop:
+            window = self._window_of(start // self.block_rows)
             first, last = (bound * self.block_rows for bound in self.window_bounds(window))
-            if first < stop and start < last:
-                pieces.append(Piece(window, max(start, first) - first, min(stop, last) - first))
+            pieces.append(Piece(window, start - first, min(stop, last) - first))
+            start = last
         return pass_index, pieces
+
+    def _window_of(self, block: int) -> int:
+        """The window of a lane's block: the last w with w * total // n <= block."""
+        return ((block + 1) * self.windows_per_lane - 1) // self.blocks_per_lane
+
+
+@functools.lru_cache(maxsize=4)  # this pass and the next, of a training and perhaps another order
+def _block_order(n_blocks: int, seed: int, pass_index: int) -> np.ndarray:
+    return permutation(n_blocks, seed, 0, pass_index)
 
 
 def permutation(n: int, *key: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeforge.data.batch import Batch
 from saeforge.data.moments import Moments, Statistics
 from saeforge.data.plan import permutation
 from saeforge.data.shards import ActivationDataset
@@ -19,12 +20,16 @@ from saeforge.errors import ConfigError, DatasetError
 
 MIN_BLOCK_ROWS = 16
 
+#: Memory for rows of the input, and of the target where it is another tensor.
+Buffers = tuple[Tensor, Tensor | None]
+
 
 class BlockSource(Protocol):
-    """Blocks of activation rows, all of one split equally long.
+    """Blocks of activation rows, all of one split equally long. Reading is safe from several threads at once.
 
     Attributes:
         d_in: width of the input. d_out: width of the target.
+        dtypes: of input and target; None for the target where it is the input.
         statistics: of the training rows: input, then target.
         fingerprint: changes whenever the data does.
         identity: where the rows come from (model, site, dataset), as plain JSON values.
@@ -32,6 +37,7 @@ class BlockSource(Protocol):
 
     d_in: int
     d_out: int
+    dtypes: tuple[torch.dtype, torch.dtype | None]
     statistics: tuple[Statistics, Statistics]
     fingerprint: str
     identity: dict[str, Any]
@@ -42,8 +48,42 @@ class BlockSource(Protocol):
     def block_rows(self, split: str) -> int:
         """Rows of every block of a split."""
 
-    def read_block(self, split: str, index: int) -> tuple[Tensor, Tensor | None]:
-        """Input (rows, d_in) and target (rows, d_out) of a block; target None means the input."""
+    def read_block(self, split: str, index: int, into: Buffers | None = None) -> Buffers:
+        """Input (rows, d_in) and target (rows, d_out) of a block, on the CPU; target None means the input.
+
+        Args:
+            split: "train" or "validation".
+            index: of the block.
+            into: memory of these shapes and `dtypes` that receives the rows; None: the source's own, or new.
+        """
+
+    def sample(self, rows: int) -> Batch:
+        """About `rows` training rows spread over the data, the same at every call and on every rank."""
+
+    def counters(self) -> dict[str, float]:
+        """What reading has met so far, for the logger: retries, bytes from a cache; empty if nothing can happen."""
+
+
+def empty_rows(source: BlockSource, rows: int, *, device: torch.device | None = None, pinned: bool = False) -> Buffers:
+    """Memory for `rows` rows of a source."""
+    widths = zip((source.d_in, source.d_out), source.dtypes, strict=True)
+    x, target = (
+        None if dtype is None else torch.empty(rows, d, dtype=dtype, device=device, pin_memory=pinned)
+        for d, dtype in widths
+    )
+    assert x is not None
+    return x, target
+
+
+def sample_blocks(source: BlockSource, rows: int) -> Batch:
+    """About `rows` training rows: the first ones of at most 256 blocks that are spread evenly."""
+    n_blocks, block_rows = source.n_blocks("train"), source.block_rows("train")
+    chosen = np.linspace(0, n_blocks - 1, num=min(n_blocks, 256)).astype(int)
+    take = max(1, min(block_rows, -(-rows // len(chosen))))
+    parts = [source.read_block("train", block) for block in dict.fromkeys(int(block) for block in chosen)]
+    x = torch.cat([part[:take] for part, _ in parts])
+    targets = [part[:take] for _, part in parts if part is not None]
+    return Batch(x, torch.cat(targets) if targets else x)
 
 
 class ShardSource:
@@ -63,6 +103,7 @@ class ShardSource:
         self.target = None if target is None else ActivationDataset.open(path, site=target)
         self.d_in = self.input.d
         self.d_out = self.input.d if self.target is None else self.target.d
+        self.dtypes = (self.input.dtype, None if self.target is None else self.target.dtype)
         target_statistics = self.input.site.statistics if self.target is None else self.target.site.statistics
         self.statistics = (self.input.site.statistics, target_statistics)
         self.fingerprint = self.input.fingerprint
@@ -83,10 +124,19 @@ class ShardSource:
         """See `BlockSource`."""
         return self.input.block_rows(split)
 
-    def read_block(self, split: str, index: int) -> tuple[Tensor, Tensor | None]:
+    def read_block(self, split: str, index: int, into: Buffers | None = None) -> Buffers:
         """See `BlockSource`; checksums are verified at every read."""
-        x = self.input.read_block(split, index)
-        return x, None if self.target is None else self.target.read_block(split, index)
+        x, target = into or (None, None)
+        x = self.input.read_block(split, index, x)
+        return x, None if self.target is None else self.target.read_block(split, index, target)
+
+    def sample(self, rows: int) -> Batch:
+        """See `BlockSource`."""
+        return sample_blocks(self, rows)
+
+    def counters(self) -> dict[str, float]:
+        """See `BlockSource`."""
+        return {}
 
 
 class TensorSource:
@@ -118,6 +168,7 @@ class TensorSource:
             raise ConfigError(f"X has {len(self.x)} rows and target {len(self.y)}; expected one target row per row")
         self.d_in = self.x.shape[1]
         self.d_out = self.d_in if self.y is None else self.y.shape[1]
+        self.dtypes = (self.x.dtype, None if self.y is None else self.y.dtype)
         rows = MIN_BLOCK_ROWS
         if len(self.x) < 2 * rows * lanes:
             raise DatasetError(f"X has {len(self.x)} rows; training needs at least {2 * rows * lanes} ({lanes} lanes)")
@@ -148,11 +199,25 @@ class TensorSource:
         """See `BlockSource`."""
         return self._rows
 
-    def read_block(self, split: str, index: int) -> tuple[Tensor, Tensor | None]:
-        """See `BlockSource`."""
+    def read_block(self, split: str, index: int, into: Buffers | None = None) -> Buffers:
+        """See `BlockSource`; without `into`, views of the rows in memory."""
         start = self._blocks[split][index] * self._rows
         part = slice(start, start + self._rows)
-        return self.x[part], None if self.y is None else self.y[part]
+        views = self.x[part], None if self.y is None else self.y[part]
+        if into is None:
+            return views
+        for rows, place in zip(views, into, strict=True):
+            if rows is not None and place is not None:
+                place.copy_(rows)
+        return into
+
+    def sample(self, rows: int) -> Batch:
+        """See `BlockSource`."""
+        return sample_blocks(self, rows)
+
+    def counters(self) -> dict[str, float]:
+        """See `BlockSource`."""
+        return {}
 
     def _statistics(self) -> tuple[Statistics, Statistics]:
         moments = [Moments.empty(self.d_in), Moments.empty(self.d_out)]

@@ -23,8 +23,9 @@ class Telemetry(Callback):
     """Reads the run's figures every `log_every_n_steps` and hands them to the logger in one call.
 
     Keys: `train/loss`, `train/<term>` for each of the variant's terms, `train/l0`, `train/fvu`, `train/dead`,
-    `train/tokens_per_second`, `schedule/<name>`, `schedule/lr`; the density histogram goes to wandb as
-    `train/log10_density`.
+    `train/tokens_per_second`, `schedule/<name>`, `schedule/lr`; what reading costs on rank 0, as `data/wait_ms` (a step
+    stood still for data), `data/windows_ready` (read ahead), `data/read_gb_per_second` (a reading thread); the density
+    histogram goes to wandb as `train/log10_density`.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,6 +59,7 @@ class Telemetry(Callback):
             "train/tokens": step * pl_module.data.rows_per_step,
             "schedule/lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
+        figures |= {f"data/{name}": value for name, value in pl_module.data.read_figures().items()}
         scheduled = pl_module.schedule_values(max(0, step - 1))
         figures |= {f"schedule/{name}": value for name, value in scheduled.items() if name != "lr_factor"}
         pl_module.latest.update(

@@ -131,12 +131,26 @@ class ActivationData(LightningDataModule):
         assert self.trainer is not None
         # With gradient accumulation a step takes several batches.
         total = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        self._loader = TrainLoader(self.source, self.plan, total, rank=group.rank, world=group.size)
+        self._loader = TrainLoader(
+            self.source,
+            self.plan,
+            total,
+            rank=group.rank,
+            world=group.size,
+            device=self.trainer.strategy.root_device,
+            reuse=True,  # the trainer is done with a batch when it takes the next
+        )
         if self._state is not None:
             self._loader.load_state_dict(self._state)
         elif self.trainer.global_step > 0:
             rank_zero_warn("the checkpoint carries no position in the data: reading starts from the beginning")
         return self._loader
+
+    def read_figures(self) -> dict[str, float]:
+        """What reading cost since the last call, for a logger: see `ReadStats.figures` and the source's counters."""
+        if self._loader is None:
+            return {}
+        return {**self._loader.read_stats().figures(), **self.source.counters()}
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """Held-out rows; nothing if the dataset has no validation split."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from saeforge import __version__
 from saeforge.data.batch import Batch
-from saeforge.data.loader import sample_rows
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
 from saeforge.metrics import Reconstruction, ReconstructionMetrics
 from saeforge.ops import Group
@@ -127,7 +126,7 @@ class SAEModule(LightningModule):
         settings = RunSettings(self.total_steps, dead_after, _COMPUTE_DTYPE[precision], Group.world())
         self.variant.bind(settings)
         if stage == "fit":
-            rows = sample_rows(data.source, INITIAL_ROWS)
+            rows = data.source.sample(INITIAL_ROWS)
             x = rows.x.float()
             target = x if rows.target is rows.x else rows.target.float()
             if not bool(torch.isfinite(x.sum() + target.sum())):
