@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,11 +62,19 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """One split: rows of every block, number of blocks, and rows that did not fill a last block (not stored)."""
+    """One split: rows of every block, number of blocks, and what was kept of the text but is not stored.
+
+    Attributes:
+        block_rows: rows of every block.
+        n_blocks: blocks of the split.
+        dropped_rows: rows that filled no last block (of a bucket, or of the split).
+        outlier_rows: rows left out for their norm, or for that of a row of their group.
+    """
 
     block_rows: int
     n_blocks: int
     dropped_rows: int
+    outlier_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     compatibility: str = COMPATIBILITY
 
-    def site(self, name: str | None, *, root: Path) -> SiteRecord:
+    def site(self, name: str | None, *, root: str | Path) -> SiteRecord:
         """Return the site called `name` (its id, module path, folder or alias); None is the only site.
 
         Raises:
@@ -169,12 +179,18 @@ class Manifest:
             DatasetError: the file is missing, damaged, of a newer version, or not a manifest.
         """
         if not path.is_file():
-            raise DatasetError(
-                f"no manifest.json in {path.parent}: expected a finished activation dataset; "
-                f"run `saeforge harvest --out {path.parent} ...` (an interrupted harvest goes on with the same command)"
-            )
+            raise no_manifest(path.parent)
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> Manifest:
+        """Read and check a manifest's content; `path` is for messages.
+
+        Raises:
+            DatasetError: as `load`.
+        """
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(content)
         except ValueError as error:
             raise DatasetError(f"{path} is damaged, not readable as JSON ({error}); harvest it again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -208,13 +224,21 @@ class Manifest:
         splits = {name: pick(SplitRecord, split) for name, split in data["splits"].items()}
         return pick(cls, {**data, "sites": tuple(sites), "splits": splits, "rows": family(data["rows"])})
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: str) -> None:
         """Check that counts agree, so that readers can do arithmetic instead of checks."""
         for name, split in self.splits.items():
             for label, family in [*((site.id, site.shards) for site in self.sites), ("rows", self.rows)]:
                 blocks = [block for shard in family[name] for block in shard.blocks]
                 if len(blocks) != split.n_blocks or any(block.rows != split.block_rows for block in blocks):
                     raise DatasetError(f"{path}: blocks of {label}, split {name}, do not add up; harvest again")
+
+
+def no_manifest(folder: str | Path) -> DatasetError:
+    """Return the error for a folder or URL without a manifest."""
+    return DatasetError(
+        f"no manifest.json in {folder}: expected a finished activation dataset; "
+        f"run `saeforge harvest --out {folder} ...` (an interrupted harvest goes on with the same command)"
+    )
 
 
 def pick(cls: type[T], data: dict[str, Any]) -> T:
@@ -243,14 +267,23 @@ def sha256_json(data: Any) -> str:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON so that a crash leaves the old file or the new one (temporary name, fsync, rename, fsync)."""
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    part = part_path(path)
     text = json.dumps(data, indent=None if len(str(data)) > 20_000 else 1, allow_nan=False)
-    with part.open("w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    try:
+        with part.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
+
+
+def part_path(path: Path) -> Path:
+    """Return a temporary name beside `path`, of this process alone among all hosts that share the folder."""
+    return path.with_name(f"{path.name}.part-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def fsync_folder(path: Path) -> None:

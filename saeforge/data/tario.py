@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saeforge.data.manifest import BlockRecord, ShardRecord, fsync_folder
+from saeforge.data.manifest import BlockRecord, ShardRecord, fsync_folder, part_path
 from saeforge.errors import SaeforgeError
 
 ALIGNMENT = 4096
@@ -45,7 +45,7 @@ def write_shard(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> ShardRe
     Raises:
         SaeforgeError: no space left on the device; the temporary file is removed.
     """
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    part = part_path(path)
     digest = hashlib.sha256()
     blocks: list[BlockRecord] = []
     position = 0

@@ -7,9 +7,12 @@ A bucket is a range of a split's kept rows. It is the unit of commit: its shards
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ LANES = 8
 BLOCKS_PER_LANE = 16
 MIN_BLOCK_ROWS = 16
 MIN_ROWS = LANES * BLOCKS_PER_LANE * MIN_BLOCK_ROWS
+MAX_THREADS = 8
 INDEX_FOLDER = "index"
 
 
@@ -68,14 +72,22 @@ def choose_block_rows(rows: int, row_bytes: int, *, split: str) -> int:
     return 1 << (limit.bit_length() - 1)
 
 
-def bucket_permutation(seed: int, split: str, bucket: int, rows: int) -> np.ndarray:
+def bucket_permutation(seed: int, split: str, bucket: int, rows: int, group_rows: int = 1) -> np.ndarray:
     """Return the row order of a bucket, the same for all sites: stored row i is kept row `permutation[i]` of it.
 
     Counter-based (Philox) and keyed by name, so that it depends on nothing else, least of all on what ran before.
+
+    Args:
+        seed: of the dataset.
+        split: its name.
+        bucket: its index.
+        rows: of the bucket, a multiple of group_rows.
+        group_rows: runs of so many rows move together, their rows in order.
     """
     digest = hashlib.sha256(f"saeforge bucket {seed} {split} {bucket}".encode()).digest()
     generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")))
-    return generator.permutation(rows)
+    groups = generator.permutation(rows // group_rows)
+    return (groups[:, None] * group_rows + np.arange(group_rows)).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -108,14 +120,9 @@ class SplitPlan:
     block_rows: int
 
     @property
-    def n_blocks(self) -> int:
-        """Blocks of the split; the rows that do not fill a last one are dropped."""
-        return self.kept_rows // self.block_rows
-
-    @property
     def rows(self) -> int:
-        """Rows that are stored."""
-        return self.n_blocks * self.block_rows
+        """Rows in whole blocks: what is stored if no row is an outlier."""
+        return self.kept_rows // self.block_rows * self.block_rows
 
 
 class DatasetWriter:
@@ -155,8 +162,6 @@ class DatasetWriter:
         self.shard_bytes = shard_bytes
         for folder in (INDEX_FOLDER, ROWS_FOLDER, *(site.folder for site in sites)):
             (root / folder).mkdir(parents=True, exist_ok=True)
-            for stale in (root / folder).glob("*.part-*"):
-                stale.unlink()
 
     def n_buckets(self, split: str) -> int:
         """Return the number of buckets of a split."""
@@ -175,44 +180,76 @@ class DatasetWriter:
 
     def missing_buckets(self) -> list[tuple[str, int]]:
         """Return the buckets without a valid commit record, or with a shard that is missing or of another size."""
-        return [key for key in self.buckets() if self._record(*key) is None]
+        return [key for key in self.buckets() if not self.has_bucket(*key)]
 
-    def write_bucket(self, split: str, bucket: int, activations: Mapping[str, torch.Tensor], rows: np.ndarray) -> None:
-        """Write and commit one bucket.
+    def has_bucket(self, split: str, bucket: int) -> bool:
+        """Whether a bucket is committed and its shards are there with their sizes."""
+        return self._record(split, bucket) is not None
+
+    def committed_rows(self) -> int:
+        """Return the kept rows of the buckets that have a record: a look at one folder, for showing progress."""
+        names = {path.name for path in (self.root / INDEX_FOLDER).iterdir()}
+        ranges = [self.bucket_range(*key) for key in self.buckets() if self._index_path(*key).name in names]
+        return sum(stop - start for start, stop in ranges)
+
+    def write_bucket(
+        self,
+        split: str,
+        bucket: int,
+        activations: Mapping[str, torch.Tensor],
+        rows: np.ndarray,
+        *,
+        outlier_rows: int = 0,
+        outliers: Mapping[str, int] | None = None,
+    ) -> None:
+        """Write and commit one bucket. No other process may be writing the same one.
+
+        As many whole blocks as there are rows for are stored, maybe none.
 
         Args:
             split: "train" or "validation".
             bucket: its index.
             activations: per site id, (rows, d) CPU tensor of the site's dtype, already in the bucket's permuted order.
             rows: uint32 (rows, 4) provenance in the same order.
+            outlier_rows: rows of the bucket that were left out for their norm; with `rows`, all of its range.
+            outliers: per site id, rows over its threshold.
 
         Raises:
             DatasetError: a value is NaN or infinite.
             SaeforgeError: the disk is full.
         """
         start, stop = self.bucket_range(split, bucket)
-        shards: dict[str, list[ShardRecord]] = {}
-        moments: dict[str, dict[str, Any]] = {}
+        block_rows = self.splits[split].block_rows
+        whole = (stop - start - outlier_rows) // block_rows * block_rows
+        stored: dict[str, np.ndarray] = {ROWS_FOLDER: np.asarray(rows, dtype="<u4")}
         for site in self.sites:
             x = activations[site.id]
-            if x.shape != (stop - start, site.d) or x.dtype != DTYPES[site.dtype]:
+            if x.shape != (stop - start - outlier_rows, site.d) or x.dtype != DTYPES[site.dtype]:
                 raise ValueError(
-                    f"{site.id}: got {tuple(x.shape)} {x.dtype}, not ({stop - start}, {site.d}) {site.dtype}"
+                    f"{site.id}: got {tuple(x.shape)} {x.dtype}, not ({stop - start - outlier_rows}, {site.d}) "
+                    f"{site.dtype}"
                 )
-            total = Moments.empty(site.d)
-            for block in x.split(self.splits[split].block_rows):
-                with np.errstate(invalid="ignore"):  # NaN and Inf are found right below
-                    part = Moments.of(block.double().numpy())
-                if not np.isfinite(part.square_norm_sum):
+            stored[site.id] = x.view(torch.int16).numpy().view("<u2") if site.dtype == "bfloat16" else x.numpy()
+        self._remove_parts(split, bucket)
+        moments: dict[str, Any] = {}
+        # Sums, checksums and writing let go of the interpreter: blocks, then shards, go side by side.
+        with ThreadPoolExecutor(_threads()) as pool:
+            for site in self.sites:
+                blocks = [stored[site.id][at : at + block_rows] for at in range(0, whole, block_rows)]
+                total = functools.reduce(Moments.merge, pool.map(_moments, blocks), Moments.empty(site.d))
+                if not np.isfinite(total.square_norm_sum):
                     raise DatasetError(f"{site.id}: NaN or infinite activations in bucket {bucket} of {split}")
-                total = total.merge(part)
-            moments[site.id] = total.to_json()
-            stored = x.view(torch.int16).numpy().view("<u2") if site.dtype == "bfloat16" else x.numpy()
-            shards[site.id] = self._write_family(site.folder, "acts", split, bucket, stored)
-        shards[ROWS_FOLDER] = self._write_family(ROWS_FOLDER, "rows", split, bucket, np.asarray(rows, dtype="<u4"))
+                moments[site.id] = total.to_json()
+            families = {
+                name: self._submit_family(pool, name, split, bucket, data[:whole]) for name, data in stored.items()
+            }
+            shards = {name: [shard.result() for shard in family] for name, family in families.items()}
         record = {
             "config_sha256": self.config_sha256,
             "rows": [start, stop],
+            "stored_rows": whole,
+            "outlier_rows": outlier_rows,
+            "outliers": {site.id: (outliers or {}).get(site.id, 0) for site in self.sites},
             "moments": moments,
             "shards": {name: [shard_to_json(dataclasses.asdict(s)) for s in items] for name, items in shards.items()},
         }
@@ -222,23 +259,31 @@ class DatasetWriter:
         """Merge the commit records into `manifest.json`, written last, and return it.
 
         Args:
-            provenance: the remaining fields of `Manifest` (model, tokenizer, versions, text, packing, shuffle,
-                alignment_sha256).
+            provenance: the remaining fields of `Manifest` (model, tokenizer, versions, text, packing, shuffle).
+                `alignment_sha256`, if not given, is taken from the tokens' files and the stored provenance.
+
+        Raises:
+            DatasetError: a bucket is missing, or no training row is left.
         """
         shards: dict[str, dict[str, list[ShardRecord]]] = {
             name: {split: [] for split in self.splits} for name in (ROWS_FOLDER, *(site.id for site in self.sites))
         }
         moments = {site.id: Moments.empty(site.d) for site in self.sites}
+        stored, outliers = dict.fromkeys(self.splits, 0), dict.fromkeys(self.splits, 0)
         for split, bucket in self.buckets():
             record = self._record(split, bucket)
             if record is None:
                 raise DatasetError(f"{self.root}: {split} bucket {bucket} is missing; run the same harvest command")
             for name, items in record["shards"].items():
                 shards[name][split] += [shard_from_json(item) for item in items]
+            stored[split] += record["stored_rows"]
+            outliers[split] += record["outlier_rows"]
             if split == "train":
                 moments = {
                     key: total.merge(Moments.from_json(record["moments"][key])) for key, total in moments.items()
                 }
+        if not stored["train"]:
+            raise DatasetError(f"{self.root}: every training row is an outlier; give a larger max_norm, or null")
         frozen = {name: {split: tuple(items) for split, items in family.items()} for name, family in shards.items()}
         sites = [
             SiteRecord(
@@ -250,9 +295,18 @@ class DatasetWriter:
             for site in self.sites
         ]
         splits = {
-            name: SplitRecord(plan.block_rows, plan.n_blocks, plan.kept_rows - plan.rows)
+            name: SplitRecord(
+                plan.block_rows,
+                stored[name] // plan.block_rows,
+                plan.kept_rows - stored[name] - outliers[name],
+                outliers[name],
+            )
             for name, plan in self.splits.items()
         }
+        if "alignment_sha256" not in provenance:
+            files = provenance.get("packing", {}).get("files")
+            order = {split: [shard.sha256 for shard in items] for split, items in frozen[ROWS_FOLDER].items()}
+            provenance["alignment_sha256"] = sha256_json([files, order])
         manifest = Manifest(
             saeforge_version=__version__,
             config_sha256=self.config_sha256,
@@ -267,23 +321,46 @@ class DatasetWriter:
     def _index_path(self, split: str, bucket: int) -> Path:
         return self.root / INDEX_FOLDER / f"{split}-{bucket:06d}.json"
 
-    def _write_family(self, folder: str, kind: str, split: str, bucket: int, data: np.ndarray) -> list[ShardRecord]:
-        """Write the shards of one bucket; their numbers follow from the bucket's, so any one can be redone."""
+    def _shard_paths(self, name: str, row_bytes: int, split: str, bucket: int) -> tuple[list[Path], int]:
+        """Return where a bucket's shards of a family go at most, and the blocks of each.
+
+        Their numbers follow from the bucket's, so that any one can be redone.
+        """
+        folder = {site.id: site.folder for site in self.sites}.get(name, name)
         block_rows = self.splits[split].block_rows
-        block_bytes = block_rows * data.strides[0]
-        shard_blocks = max(1, self.shard_bytes // block_bytes)
-        shards_per_bucket = -(-(self.bucket_rows // block_rows) // shard_blocks)
+        bucket_blocks = self.bucket_rows // block_rows
+        shard_blocks = max(1, self.shard_bytes // (block_rows * row_bytes))
+        count = -(-bucket_blocks // shard_blocks)
+        return [self.root / folder / f"{split}-{bucket * count + i:06d}.tar" for i in range(count)], shard_blocks
+
+    def _submit_family(
+        self, pool: ThreadPoolExecutor, name: str, split: str, bucket: int, data: np.ndarray
+    ) -> list[Future[ShardRecord]]:
+        """Begin to write the shards of one bucket and family."""
+        block_rows = self.splits[split].block_rows
+        kind = "rows" if name == ROWS_FOLDER else "acts"
         first_block = bucket * (self.bucket_rows // block_rows)
-        n_blocks = len(data) // block_rows
-        records = []
-        for number, start in enumerate(range(0, n_blocks, shard_blocks)):
-            members = (
-                (f"{first_block + i:08d}.{kind}.npy", data[i * block_rows : (i + 1) * block_rows])
-                for i in range(start, min(start + shard_blocks, n_blocks))
-            )
-            path = self.root / folder / f"{split}-{bucket * shards_per_bucket + number:06d}.tar"
-            records.append(write_shard(path, members))
-        return records
+        blocks = [
+            (f"{first_block + i:08d}.{kind}.npy", data[i * block_rows : (i + 1) * block_rows])
+            for i in range(len(data) // block_rows)
+        ]
+        paths, shard_blocks = self._shard_paths(name, data.strides[0], split, bucket)
+        starts = range(0, len(blocks), shard_blocks)
+        return [
+            pool.submit(write_shard, path, blocks[start : start + shard_blocks])
+            for path, start in zip(paths, starts, strict=False)
+        ]
+
+    def _remove_parts(self, split: str, bucket: int) -> None:
+        """Remove what a killed process left of this bucket, and only of this one: others may be at work on theirs."""
+        targets = [self._index_path(split, bucket)]
+        for name, row_bytes in [(ROWS_FOLDER, 4 * len(ROW_FIELDS)), *((s.id, s.row_bytes) for s in self.sites)]:
+            targets += self._shard_paths(name, row_bytes, split, bucket)[0]
+        for folder in {path.parent for path in targets}:
+            names = {path.name for path in targets if path.parent == folder}
+            for stale in folder.glob("*.part-*"):
+                if stale.name.partition(".part-")[0] in names:
+                    stale.unlink(missing_ok=True)
 
     def _record(self, split: str, bucket: int) -> dict[str, Any] | None:
         """Return the commit record of a bucket if it is whole and its shards are there."""
@@ -303,6 +380,16 @@ class DatasetWriter:
         except DatasetError:
             return None
         return dict(record)
+
+
+def _moments(block: np.ndarray) -> Moments:
+    with np.errstate(invalid="ignore"):  # NaN and Inf are found in the sums
+        return Moments.of(block)
+
+
+def _threads() -> int:
+    """Return how many threads write a bucket: the processors that this process may use, up to 8."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def write_dataset(
