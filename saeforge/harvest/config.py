@@ -67,6 +67,14 @@ class HarvestConfig:
     bucket_rows: int | None = None
     """Rows shuffled together and committed at once (a power of two); null: up to 1,048,576 as memory allows."""
 
+    group_rows: int = 1
+    """Neighbouring tokens of a document that stay together when rows are shuffled: 1, 2, 4, 8 or 16. What fills no
+    whole group is not kept."""
+
+    max_norm: float | None = 10.0
+    """Leave out tokens whose norm is more than so many times the median (of a fixed sample of the training text), at
+    any site: attention sinks and their like; null keeps them."""
+
     seed: int = 0
     """Chooses documents and the order of contexts and rows."""
 
@@ -113,6 +121,10 @@ class HarvestConfig:
             raise ConfigError(f"harvest option validation_share = {self.validation_share}: expected 0 to less than 1")
         if self.bucket_rows is not None and self.bucket_rows & (self.bucket_rows - 1):
             raise ConfigError(f"harvest option bucket_rows = {self.bucket_rows}: expected a power of two")
+        if self.group_rows not in (1, 2, 4, 8, 16):
+            raise ConfigError(f"harvest option group_rows = {self.group_rows}: expected 1, 2, 4, 8 or 16")
+        if self.max_norm is not None and self.max_norm <= 1:
+            raise ConfigError(f"harvest option max_norm = {self.max_norm}: expected more than 1, or null")
         if not self.sites:
             raise ConfigError("harvest option sites is empty: name at least one, for example resid_post.6")
 

@@ -73,7 +73,7 @@ def prepare(
         DatasetError: the text holds nothing to keep.
     """
     drop_first = not specials.prefix if config.drop_first == "auto" else config.drop_first
-    cutter = Cutter(specials, context_length, drop_first=drop_first)
+    cutter = Cutter(specials, context_length, drop_first=drop_first, group_rows=config.group_rows)
     source = open_text(config.text)
     segments, documents, counts = _collect(source, config, tokenizer, cutter)
     everything = [segment for split in SPLITS for segment in segments[split]]
@@ -135,6 +135,7 @@ def _collect(
         "test": 0,
         "text_tokens": 0,
         "kept_tokens": 0,
+        "ungrouped": 0,
     }
     for start in range(0, len(order), TOKENIZE_AT_ONCE):
         fresh: list[tuple[Document, bytes]] = []
@@ -160,6 +161,7 @@ def _collect(
             kept = sum(piece.kept for piece in pieces)
             counts["text_tokens"] += len(tokens)
             counts["kept_tokens"] += kept
+            counts["ungrouped"] = cutter.ungrouped
             left -= kept
             split = _split_of(document.name, digest, config.validation_share)
             segments[split] += pieces
@@ -174,7 +176,7 @@ def _collect(
                     "kept": kept,
                 }
             )
-            if left == 0:
+            if left < config.group_rows:
                 return segments, documents, counts
     return segments, documents, counts
 

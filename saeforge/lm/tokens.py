@@ -107,9 +107,13 @@ class Cutter:
         specials: of the tokenizer.
         context_length: longest segment.
         drop_first: also drop the first token of each segment: without a BOS it takes the attention sink's place.
+        group_rows: keep only whole runs of so many neighbouring tokens.
+
+    Attributes:
+        ungrouped: tokens that would be kept, but filled no run, in all documents so far.
     """
 
-    def __init__(self, specials: Specials, context_length: int, *, drop_first: bool) -> None:
+    def __init__(self, specials: Specials, context_length: int, *, drop_first: bool, group_rows: int = 1) -> None:
         self.room = context_length - len(specials.prefix) - len(specials.suffix)
         if self.room < 2:
             raise ConfigError(
@@ -117,6 +121,8 @@ class Cutter:
             )
         self.specials = specials
         self.drop_first = drop_first
+        self.group_rows = group_rows
+        self.ungrouped = 0
         self._dropped = np.array(sorted(specials.dropped), dtype=np.int64)
 
     def cut(self, document: int, ids: list[int], *, budget: int | None = None) -> list[Segment]:
@@ -135,7 +141,10 @@ class Cutter:
             keep = ~np.isin(piece, self._dropped)
             if self.drop_first:
                 keep[0] = False
-            keep &= np.cumsum(keep) <= left
+            wanted, keep = keep, whole_runs(keep, self.group_rows)
+            within = np.cumsum(keep) <= left // self.group_rows * self.group_rows
+            self.ungrouped += int((wanted & ~keep & within).sum())
+            keep &= within
             kept = int(keep.sum())
             left -= kept
             if kept == 0:
@@ -151,3 +160,14 @@ class Cutter:
                 )
             )
         return segments
+
+
+def whole_runs(keep: np.ndarray, length: int) -> np.ndarray:
+    """Return the mask with each run of True cut to a multiple of `length`, from its start on."""
+    if length == 1:
+        return keep
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
+    out = np.zeros_like(keep)
+    for start, stop in edges.reshape(-1, 2):
+        out[start : start + (stop - start) // length * length] = True
+    return out
