@@ -23,6 +23,7 @@ from saeforge.data import tario
 from saeforge.data.manifest import Manifest
 from saeforge.data.shards import ActivationDataset
 from saeforge.data.tario import ALIGNMENT, write_shard
+from saeforge.data.verify import Finding, verify_dataset
 from saeforge.data.writer import DatasetWriter, SiteSpec, SplitPlan, bucket_permutation, write_dataset
 from saeforge.errors import DatasetError, SaeforgeError
 
@@ -194,13 +195,15 @@ def test_truncated_and_missing_shards_are_errors_at_open_and_at_read(dataset: Pa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_non_finite_values_are_refused_at_write_and_at_read(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+def test_non_finite_values_are_refused_at_write_and_found_by_verify(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
     data = tensors(dtype)
     data["train"][77, 3] = value
     with pytest.raises(DatasetError, match="array:out: NaN or infinite"):
         write_dataset(tmp_path / "refused", data)
     assert not list((tmp_path / "refused").rglob("*.tar"))
-    # A dataset of another writer, with right checksums: the reader looks for itself.
+    # A dataset of another writer, with right checksums: reading trusts them, verify looks for itself.
     write_dataset(tmp_path / "foreign", tensors(dtype))
     manifest = Manifest.load(tmp_path / "foreign" / "manifest.json")
     shard = manifest.sites[0].shards["train"][0]
@@ -216,9 +219,12 @@ def test_non_finite_values_are_refused_at_write_and_at_read(tmp_path: Path, valu
     site = dataclasses.replace(manifest.sites[0], shards=family)
     dataclasses.replace(manifest, sites=(site,)).save(tmp_path / "foreign" / "manifest.json")
     opened = ActivationDataset.open(tmp_path / "foreign")
-    opened.read_block("train", 2)
-    with pytest.raises(DatasetError, match=rf"{shard.file}, block 3: holds NaN or infinite activations"):
-        opened.read_block("train", 3)
+    assert not opened.read_block("train", 3).isfinite().all()
+    findings = verify_dataset(tmp_path / "foreign")
+    assert Finding(f"array.out/{shard.file}", 3, "holds NaN or infinite activations") in findings
+    assert {finding.block for finding in findings if finding.shard.startswith("array.out")} == {3}
+    with pytest.raises(DatasetError, match=r"NaN or infinite|not those of index"):
+        opened.verify()
 
 
 def test_large_finite_values_are_not_taken_for_infinite(tmp_path: Path) -> None:
@@ -234,7 +240,7 @@ def test_verify_finds_damage_outside_of_payloads(dataset: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[5] ^= 1
     path.write_bytes(bytes(damaged))
-    with pytest.raises(DatasetError, match="its sha256 does not match"):
+    with pytest.raises(DatasetError, match=r"rows/train-000000.tar, block 0: its tar header is damaged"):
         opened.verify()
 
 

@@ -1,0 +1,341 @@
+"""A dataset behind a URL: ranges through fsspec, tried again with back-off, checked, and kept in a local cache.
+
+Environment: SAEFORGE_READ_TRIES (5), SAEFORGE_READ_WAIT (0.5 s before the first retry, doubled each time, with jitter),
+SAEFORGE_READ_TIMEOUT (60 s for one request). Credentials are those of the package behind the scheme (s3fs, gcsfs,
+huggingface_hub; for http a ~/.netrc).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from saeforge.data.cache import Cache, number_from
+from saeforge.data.storage import Extent, ReadCounts, Storage
+from saeforge.errors import DatasetError
+
+T = TypeVar("T")
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
+CHUNK_BYTES = 1 << 23  # of a file that is downloaded whole
+SIZES_AT_ONCE = 16
+LONGEST_WAIT = 30.0
+WORTH_ANOTHER_TRY = {408, 425, 429}  # and all of 5xx
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to go on when the network does not answer.
+
+    Attributes:
+        tries: requests for one thing at most.
+        wait: seconds before the second try; doubled for each one after, 30 at most, times 0.5 to 1.5 at random.
+        timeout: seconds for one request.
+    """
+
+    tries: int = 5
+    wait: float = 0.5
+    timeout: float = 60.0
+
+    @classmethod
+    def from_environment(cls) -> Patience:
+        """Read SAEFORGE_READ_TRIES, SAEFORGE_READ_WAIT and SAEFORGE_READ_TIMEOUT.
+
+        Raises:
+            ConfigError: one is no number, or negative.
+        """
+        default = cls()
+        return cls(
+            max(1, int(number_from("SAEFORGE_READ_TRIES", default.tries))),
+            number_from("SAEFORGE_READ_WAIT", default.wait),
+            number_from("SAEFORGE_READ_TIMEOUT", default.timeout),
+        )
+
+
+class Missing(Exception):
+    """There is no such file."""
+
+
+class Refused(Exception):
+    """Asking again will not help; the text says what to do."""
+
+
+class WrongContent(Exception):
+    """The bytes came, but they are not those that the manifest describes."""
+
+
+class RemoteStorage(Storage):
+    """A URL of one of `saeforge.data.storage.REMOTE_SCHEMES`.
+
+    Args:
+        url: of the dataset's folder.
+        patience: None reads it from the environment.
+        cache: None takes the one that the environment names; `Cache(None, 0)` is none at all.
+
+    Raises:
+        DatasetError: a query in the URL, or the package for the scheme is missing.
+    """
+
+    def __init__(self, url: str, *, patience: Patience | None = None, cache: Cache | None = None) -> None:
+        self.scheme, _, rest = url.partition("://")
+        if not rest.strip("/") or re.search(r"[?#]", rest):
+            raise DatasetError(f"{url}: expected the address of a dataset's folder, without ? or #")
+        self._url = url.rstrip("/")
+        host, slash, path = self._url.removeprefix(f"{self.scheme}://").partition("/")
+        # A name and password are for reading, not for messages, checkpoints or published SAEs.
+        if self.scheme in ("http", "https"):
+            host = host.rpartition("@")[2]
+        self.location = f"{self.scheme}://{host}{slash}{path}"
+        self.counts = ReadCounts()
+        self.patience = patience or Patience.from_environment()
+        self.cache = cache or Cache.from_environment()
+        self._lock = threading.Lock()
+        self._filesystem: tuple[int, Any] | None = None
+        self._files()  # a missing package is told now
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_filesystem": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """A URL shows what it is when it is read."""
+
+    def sizes(self, files: Sequence[str]) -> list[int | None]:
+        """See `Storage.sizes`; a server that sends whole files only is refused here."""
+        with ThreadPoolExecutor(SIZES_AT_ONCE, thread_name_prefix="saeforge-size") as pool:
+            return list(pool.map(self._size, files))
+
+    def read_file(self, file: str) -> bytes | None:
+        """See `Storage.read_file`."""
+        try:
+            content = self._patiently(self.name(file), lambda: self._fetch(file, 0, None))
+        except Missing:
+            return None
+        self.counts.add(origin_bytes=len(content))
+        return bytes(content)
+
+    def read(self, file: str, offset: int, memory: memoryview, where: str) -> None:
+        """See `Storage.read`."""
+        self._read(file, offset, memory, where, None)
+
+    def read_block(self, extent: Extent, memory: memoryview) -> None:
+        """See `Storage.read_block`; from the cache if it is there and right, else from the origin."""
+        key = f"{extent.shard_sha256}-{extent.offset}-{len(memory)}"
+        if self.cache.load(key, memory, extent.crc32):
+            self.counts.add(cache_bytes=len(memory))
+            return
+        self._read(extent.file, extent.offset, memory, self.where(extent.file, extent.block), extent.crc32)
+        self.cache.store(key, memory)
+
+    @contextlib.contextmanager
+    def local_files(self, folder: str, files: Mapping[str, str]) -> Iterator[Path]:
+        """See `Storage.local_files`: linked from the cache, or downloaded for this once where there is none."""
+        with self.cache.workplace() as place:
+            for file, sha256 in files.items():
+                name = f"{folder}/{file}"
+                if self.cache.link(sha256, place / file):
+                    self.counts.add(cache_bytes=(place / file).stat().st_size)
+                    continue
+                for attempt in (1, 2):
+                    try:
+                        self._download(name, place / file, sha256)
+                        break
+                    except WrongContent as error:
+                        if attempt == 2:
+                            raise DatasetError(f"{self.name(name)} is damaged ({error}, twice); restore it") from error
+                        self.counts.add(retries=1)
+                self.cache.adopt(sha256, place / file)
+            yield place
+
+    def _download(self, file: str, path: Path, sha256: str) -> None:
+        size = self._size(file)
+        if size is None:
+            raise DatasetError(f"{self.name(file)} is missing; restore it, or harvest again")
+        digest = hashlib.sha256()
+        try:
+            with path.open("wb") as out:
+                for start in range(0, size, CHUNK_BYTES):
+                    memory = memoryview(bytearray(min(CHUNK_BYTES, size - start)))
+                    self.read(file, start, memory, self.name(file))
+                    digest.update(memory)
+                    out.write(memory)
+        except OSError as error:
+            raise DatasetError(
+                f"{self.name(file)} ({size / 2**20:.0f} MiB) cannot be stored in {path.parent}: {error.strerror}; free "
+                "some space, or set SAEFORGE_CACHE to a folder with more"
+            ) from error
+        if digest.hexdigest() != sha256:
+            raise WrongContent("its sha256 does not match")
+
+    def _size(self, file: str) -> int | None:
+        def ask() -> int:
+            if self.scheme in ("http", "https"):
+                return int(self._http(file, 0, 1)[1])
+            size = self._in_time(lambda: self._files().info(self._path(file)))["size"]
+            if size is None:
+                raise Refused("its size is not told")
+            return int(size)
+
+        try:
+            return self._patiently(self.name(file), ask)
+        except Missing:
+            return None
+
+    def _read(self, file: str, offset: int, memory: memoryview, where: str, crc32: int | None) -> None:
+        def ask() -> None:
+            content = self._fetch(file, offset, len(memory))
+            if len(content) != len(memory):
+                raise OSError(f"{len(content)} bytes came, {len(memory)} were asked for")
+            self.counts.add(origin_bytes=len(content))
+            if crc32 is not None and zlib.crc32(content) != crc32:
+                raise WrongContent("checksum mismatch, the data is damaged")
+            memory[:] = content
+
+        try:
+            self._patiently(where, ask)
+        except Missing as error:
+            raise DatasetError(f"{where}: the file is missing ({error}); restore it, or harvest again") from error
+
+    def _patiently(self, where: str, ask: Callable[[], T]) -> T:
+        """Ask until there is an answer; wrong content is asked for once more only.
+
+        Raises:
+            Missing: no such file.
+            DatasetError: no answer, or none that is right.
+        """
+        chance = random.Random()  # jitter; the global generator belongs to the training run
+        for attempt in range(1, self.patience.tries + 1):
+            try:
+                return ask()
+            except (Missing, DatasetError):
+                raise
+            except (FileNotFoundError, IsADirectoryError) as error:
+                raise Missing(str(error)) from error
+            except (Refused, PermissionError) as error:
+                raise DatasetError(f"{where}: {error or 'permission denied'}") from error
+            except Exception as error:  # each package behind fsspec has exceptions of its own
+                wrong = isinstance(error, WrongContent)
+                if attempt == (min(2, self.patience.tries) if wrong else self.patience.tries):
+                    cause = f"{error} ({type(error).__name__})" if not wrong else str(error)
+                    times = "once" if attempt == 1 else f"{attempt} times"
+                    advice = "restore it or harvest again" if wrong else "check the address and the network"
+                    raise DatasetError(f"{where}: cannot be read, tried {times}: {cause}; {advice}") from error
+            self.counts.add(retries=1)
+            wait = min(self.patience.wait * 2 ** (attempt - 1), LONGEST_WAIT)
+            time.sleep(wait * (0.5 + chance.random()))
+        raise AssertionError("unreachable")
+
+    def _fetch(self, file: str, offset: int, count: int | None) -> memoryview:
+        """Return `count` bytes from `offset` on, or the whole file."""
+        if self.scheme in ("http", "https"):
+            return memoryview(self._http(file, offset, count)[0])
+        path, end = self._path(file), None if count is None else offset + count
+        return memoryview(self._in_time(lambda: self._files().cat_file(path, start=offset, end=end)))
+
+    def _http(self, file: str, offset: int, count: int | None) -> tuple[bytes, int]:
+        """Return some bytes of a file and the size of all of it; only a true answer to the range will do."""
+        from fsspec.asyn import sync  # type: ignore[import-untyped]
+
+        files = self._files()
+        answer: tuple[bytes, int] = sync(
+            files.loop, _get, files, self._path(file), offset, count, self.patience.timeout
+        )
+        return answer
+
+    def _in_time(self, ask: Callable[[], Any]) -> Any:
+        """Call a function that may hang, for so long."""
+        result: list[Any] = []
+
+        def run() -> None:
+            try:
+                result.append((True, ask()))
+            except BaseException as error:
+                result.append((False, error))
+
+        thread = threading.Thread(target=run, daemon=True, name="saeforge-remote")
+        thread.start()
+        thread.join(self.patience.timeout)
+        if not result:
+            raise TimeoutError(f"no answer within {self.patience.timeout:g} s")
+        good, value = result[0]
+        if not good:
+            raise value
+        return value
+
+    def _path(self, file: str) -> str:
+        if self.scheme in ("http", "https"):
+            from urllib.parse import quote
+
+            return f"{self._url}/{quote(file)}"
+        return str(self._files()._strip_protocol(f"{self._url}/{file}"))
+
+    def _files(self) -> Any:
+        """The file system of this process: its connections and its thread do not survive a fork."""
+        with self._lock:
+            if self._filesystem is None or self._filesystem[0] != os.getpid():
+                import fsspec  # type: ignore[import-untyped]
+
+                options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+                if self.scheme in ("http", "https"):
+                    options["client_kwargs"] = {"trust_env": True}  # proxies, and passwords from ~/.netrc
+                try:
+                    made = fsspec.filesystem(self.scheme, **options)
+                except ImportError as error:
+                    package = PACKAGES.get(self.scheme, "fsspec")
+                    raise DatasetError(
+                        f"{self.location}: {self.scheme}:// needs the package {package}; pip install {package}"
+                    ) from error
+                self._filesystem = (os.getpid(), made)
+            return self._filesystem[1]
+
+
+async def _get(files: Any, url: str, offset: int, count: int | None, timeout: float) -> tuple[bytes, int]:
+    """Ask for a range; with `count` None for the file as it is now, past every proxy's memory."""
+    import aiohttp
+
+    headers = {"Accept-Encoding": "identity"}
+    if count is None:
+        headers["Cache-Control"] = "no-cache"
+    else:
+        headers["Range"] = f"bytes={offset}-{offset + count - 1}"
+    session = await files.set_session()
+    limit = aiohttp.ClientTimeout(total=timeout)
+    async with session.get(files.encode_url(url), headers=headers, timeout=limit) as response:
+        status = response.status
+        said = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)", response.headers.get("Content-Range", ""))
+        if status in (404, 410):
+            raise Missing(f"HTTP {status}")
+        if status == 416 and said:
+            if offset == 0:
+                return b"", int(said[3])
+            raise Refused(f"the file ends at byte {said[3]}, {offset + (count or 0)} are needed; restore it")
+        if status in WORTH_ANOTHER_TRY or status >= 500:
+            raise OSError(f"HTTP {status}")
+        if status in (401, 403):
+            raise Refused(f"HTTP {status}: not allowed; give the right to read it (for http a ~/.netrc)")
+        if count is None and status == 200:
+            content = await response.read()
+            return content, len(content)
+        if status == 200:
+            raise Refused(
+                "the server ignores ranges and sends whole files; use one that knows them (nginx, caddy, any object "
+                "store), or download the dataset"
+            )
+        if status != 206 or not said or count is None:
+            raise Refused(f"the server answers HTTP {status} without the range that was asked for")
+        if said[1] is None or int(said[1]) != offset:
+            raise OSError(f"the server sent bytes from {said[1]} on, asked for {offset}")
+        return await response.read(), int(said[3])
