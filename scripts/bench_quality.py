@@ -118,19 +118,19 @@ def train(
         "seed": seed,
     }
     if freeze:
-        recipe = build(source.d_in, source.d_out).recipe(setting.steps)
+        recipe = build(source.widths[0], source.widths[0]).recipe(setting.steps)
         shared["optimizer"] = partial(
             free_adam, lr=setting.lr, betas=recipe.betas, eps=recipe.eps, max_grad_norm=recipe.max_grad_norm
         )
     else:
         shared["lr"] = setting.lr
-    module = SAEModule(build, source.d_in, source.d_out, **shared)
+    module = SAEModule(build, source.widths[0], source.widths[0], **shared)
     trainer = SAETrainer(
         accelerator="cpu", devices=1, enable_progress_bar=False, limit_val_batches=0, default_root_dir=None
     )
     start = time.perf_counter()
     trainer.fit(module, setting.data(source, seed))
-    return Trained(module.variant.fold(), time.perf_counter() - start)
+    return Trained(module.members[0].variant.fold(), time.perf_counter() - start)
 
 
 def free_adam(groups: Iterable[dict[str, Any]], **options: Any) -> RowAdam:
@@ -144,7 +144,7 @@ def write_batches(source: BlockSource, setting: Setting, seed: int, path: Path) 
     plan = setting.data(source, seed).plan
     array: np.ndarray | None = None
     for step, batch in enumerate(TrainLoader(source, plan, setting.steps)):
-        rows = (batch.x.view(torch.int16) if batch.x.dtype == torch.bfloat16 else batch.x).numpy()
+        rows = (batch[0].view(torch.int16) if batch[0].dtype == torch.bfloat16 else batch[0]).numpy()
         if array is None:
             shape = (setting.steps, *rows.shape)
             array = np.lib.format.open_memmap(str(path), mode="w+", dtype=rows.dtype, shape=shape)
@@ -180,7 +180,7 @@ def train_peer(source: BlockSource, python: str, setting: Setting, seed: int) ->
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
         folder = Path(name)
         write_batches(source, setting, seed, folder / "batches.npy")
-        raw = next(iter(ValidationLoader(source, 1024))).x[:1024].float()
+        raw = next(iter(ValidationLoader(source, 1024)))[0][:1024].float()
         np.save(folder / "check.npy", raw.numpy())
         job = {
             "batches": str(folder / "batches.npy"),

@@ -34,9 +34,9 @@ COLUMNS = {
 @torch.no_grad()
 def judge(sae: SAE, source: BlockSource) -> Reconstruction:
     """Metrics of an SAE over all held-out rows, raw units."""
-    metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=torch.tensor(source.statistics[1].mean))
+    metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=torch.tensor(source.statistics[0].mean))
     for batch in ValidationLoader(source, 8192):
-        x = batch.x.float()
+        x = batch[0].float()
         code = sae.encode(x)
         metrics.update(x, sae.decode(code, x), code)
     return metrics.compute()
@@ -45,7 +45,7 @@ def judge(sae: SAE, source: BlockSource) -> Reconstruction:
 @torch.no_grad()
 def judge_pca(source: BlockSource, rank: int) -> Reconstruction:
     """Metrics of the best linear reconstruction of that rank: fitted to training rows, judged on held-out ones."""
-    d = source.d_in
+    d = source.widths[0]
     mean = torch.tensor(source.statistics[0].mean, dtype=torch.float64)
     scatter = torch.zeros(d, d, dtype=torch.float64)
     for block in range(source.n_blocks("train")):
@@ -54,7 +54,7 @@ def judge_pca(source: BlockSource, rank: int) -> Reconstruction:
     components = torch.linalg.eigh(scatter).eigenvectors[:, -rank:]
     metrics = ReconstructionMetrics(d, rank, pivot=mean)
     for batch in ValidationLoader(source, 8192):
-        x = batch.x.double()
+        x = batch[0].double()
         scores = (x - mean) @ components
         metrics.update(x, mean + scores @ components.T, SparseCode.from_dense(scores))
     return metrics.compute()
@@ -128,7 +128,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def identity(source: BlockSource) -> dict[str, Any]:
     """Which rows, wherever they lie."""
-    return {key: source.identity[key] for key in ("model", "site", "dataset")}
+    return {key: source.pairs[0].identity[key] for key in ("model", "site", "dataset")}
 
 
 def machine() -> dict[str, Any]:

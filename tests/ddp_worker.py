@@ -31,7 +31,7 @@ class Losses(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """After Telemetry, which reads out at every step here."""
         assert isinstance(pl_module, SAEModule)
-        self.steps.append(dict(pl_module.latest))
+        self.steps.append(dict(pl_module.members[0].latest))
 
 
 def main(dataset: str, out: str) -> None:

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeforge.data.batch import Batch
 from saeforge.data.loader import TrainLoader, ValidationLoader, _Stream
 from saeforge.data.plan import Plan
-from saeforge.data.source import Buffers, TensorSource, empty_rows
+from saeforge.data.source import Rows, TensorSource, empty_rows
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
 
 N, BATCH = 1500, 64
@@ -41,8 +40,8 @@ def loader(
     return TrainLoader(of, plan, total, rank=rank, world=world, reuse=reuse)
 
 
-def ids(batch: Batch) -> list[int]:
-    return [int(row) for row in batch.x[:, 0].tolist()]
+def ids(batch: Rows) -> list[int]:
+    return [int(row) for row in batch[0][:, 0].tolist()]
 
 
 def reading_threads() -> list[str]:
@@ -52,7 +51,7 @@ def reading_threads() -> list[str]:
 class Failing(TensorSource):
     """Its block 5 cannot be read."""
 
-    def read_block(self, split: str, index: int, into: Buffers | None = None) -> Buffers:
+    def read_block(self, split: str, index: int, into: Rows | None = None) -> Rows:
         if index == 5 and hasattr(self, "fingerprint"):
             raise DatasetError("shard train-000000.tar, block 5: checksum")
         return super().read_block(split, index, into)
@@ -65,14 +64,14 @@ def test_batches_hold_the_rows_of_the_plan_in_its_order() -> None:
     batches = list(mine)
     assert len(batches) == len(mine) == mine.total
     for index, batch in enumerate(batches):
-        assert batch.target is batch.x
+        assert len(batch) == 1
         pass_index, pieces = mine.plan.pieces(index)
         expected = []
         for lane, piece in itertools.product(range(8), pieces):
             window = torch.cat([blocks[b] for b in mine.plan.blocks(pass_index, lane, piece.window)])
             order = mine.plan.rows(pass_index, lane, piece.window)[piece.start : piece.stop]
             expected.append(window[torch.from_numpy(order)])
-        assert torch.equal(batch.x, torch.cat(expected))
+        assert torch.equal(batch[0], torch.cat(expected))
 
 
 def test_one_pass_reads_training_rows_once_and_no_held_out_row() -> None:
@@ -86,17 +85,17 @@ def test_one_pass_reads_training_rows_once_and_no_held_out_row() -> None:
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_the_ranks_of_any_world_share_the_batches_of_one_rank(world: int) -> None:
-    single = [batch.x for batch in loader()]
+    single = [batch[0] for batch in loader()]
     ranks = [list(loader(rank=rank, world=world)) for rank in range(world)]
     lane_rows = BATCH // 8
     for index, whole in enumerate(single):
         lanes = whole.split(lane_rows)
         for rank in range(world):
-            assert torch.equal(ranks[rank][index].x, torch.cat(lanes[rank::world]))
+            assert torch.equal(ranks[rank][index][0], torch.cat(lanes[rank::world]))
 
 
 def test_resuming_at_every_batch_gives_the_same_tail_to_the_bit() -> None:
-    whole = [batch.x for batch in loader()]
+    whole = [batch[0] for batch in loader()]
     states = []
     running = loader()
     for _ in running:
@@ -105,7 +104,7 @@ def test_resuming_at_every_batch_gives_the_same_tail_to_the_bit() -> None:
     for k, state in enumerate(states, start=1):
         resumed = loader()
         resumed.load_state_dict(state)
-        tail = [batch.x for batch in resumed]
+        tail = [batch[0] for batch in resumed]
         assert len(tail) == len(whole) - k
         assert all(torch.equal(a, b) for a, b in zip(tail, whole[k:], strict=True))
 
@@ -137,10 +136,10 @@ def test_only_a_consumed_batch_moves_the_position() -> None:
     assert mine.position == 2
     third = next(running)
     assert mine.position == 3
-    expected = [batch.x for batch in itertools.islice(loader(), 3)]
-    assert all(torch.equal(a.x, b) for a, b in zip((first, second, third), expected, strict=True))
+    expected = [batch[0] for batch in itertools.islice(loader(), 3)]
+    assert all(torch.equal(a[0], b) for a, b in zip((first, second, third), expected, strict=True))
     running.close()  # type: ignore[attr-defined]
-    assert torch.equal(next(again).x, [batch.x for batch in loader(4)][3])
+    assert torch.equal(next(again)[0], [batch[0] for batch in loader(4)][3])
     again.close()  # type: ignore[attr-defined]
     assert mine.position == 4
 
@@ -193,7 +192,7 @@ def test_state_is_plain_and_equal_on_all_ranks() -> None:
 
 def test_an_error_of_a_reader_reaches_the_training_thread_and_ends_the_threads() -> None:
     mine = loader(of=Failing(numbered(), validation_share=0.2))
-    read: list[Batch] = []
+    read: list[Rows] = []
     with pytest.raises(DatasetError, match="block 5: checksum"):
         read.extend(iter(mine))
     assert mine.position == len(read) < mine.plan.batches_per_pass
@@ -213,7 +212,7 @@ def test_threads_end_with_the_generator_however_it_ends() -> None:
 def test_the_memory_of_windows_goes_round(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
-    def count(of: Any, rows: int, **options: Any) -> Buffers:
+    def count(of: Any, rows: int, **options: Any) -> Rows:
         taken.append(rows)
         return empty_rows(of, rows, **options)
 
@@ -228,10 +227,10 @@ def test_the_memory_of_windows_goes_round(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_reused_batches_hold_the_same_rows_until_the_third_after_them() -> None:
-    fresh = [batch.x for batch in loader()]
+    fresh = [batch[0] for batch in loader()]
     last: list[Tensor] = []
     for index, batch in enumerate(loader(reuse=True)):
-        last = [*last[-2:], batch.x]
+        last = [*last[-2:], batch[0]]
         assert all(torch.equal(a, b) for a, b in zip(last, fresh[max(0, index - 2) : index + 1], strict=True))
 
 
@@ -240,7 +239,7 @@ def test_rows_staged_for_a_device_are_the_same(paired: bool) -> None:
     """A device other than the CPU has windows of its own; `cpu:0` takes that way without a GPU."""
 
     class Staged(TrainLoader):
-        def __iter__(self) -> Iterator[Batch]:
+        def __iter__(self) -> Iterator[Rows]:
             stream = _Stream(self.source, self.plan, self.lanes, torch.device("cpu"), 2)
             stream.staged = True
             try:
@@ -253,13 +252,13 @@ def test_rows_staged_for_a_device_are_the_same(paired: bool) -> None:
     plain = loader(of=of)
     staged = Staged(of, plain.plan, plain.total)
     for a, b in zip(plain, staged, strict=True):
-        assert torch.equal(a.x, b.x)
-        assert torch.equal(a.target, b.target)
+        assert len(a) == len(b) == 1 + paired
+        assert all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
 
 
 def test_reading_is_counted() -> None:
     mine = loader(20)
-    batches = [batch.x for batch in mine]
+    batches = [batch[0] for batch in mine]
     stats = mine.read_stats()
     assert stats.batches == 20
     assert stats.bytes >= sum(x.nbytes for x in batches) > 0
@@ -274,8 +273,8 @@ def test_paired_targets_stay_beside_their_rows() -> None:
     batches = [*loader(of=of), *ValidationLoader(of, 100), of.sample(300)]
     assert len(batches) > 20
     for batch in batches:
-        assert batch.target is not batch.x
-        assert torch.equal(batch.target, batch.x.repeat(1, 2)[:, :3] * 10)
+        assert len(batch) == 2
+        assert torch.equal(batch[1], batch[0].repeat(1, 2)[:, :3] * 10)
 
 
 def test_lanes_that_do_not_divide_among_ranks_are_named() -> None:
@@ -296,7 +295,7 @@ def test_held_out_rows_are_read_exactly_once_over_the_ranks_and_no_rank_is_left_
         mine = ValidationLoader(of, batch, rank=rank, world=world)
         batches = list(mine)
         assert len(batches) == len(mine) >= 1  # Lightning refuses a loader that is empty on one rank alone
-        assert all(len(b.x) <= max(batch, of.block_rows("validation")) and b.target is b.x for b in batches)
+        assert all(len(b[0]) <= max(batch, of.block_rows("validation")) and len(b) == 1 for b in batches)
         seen += [row for b in batches for row in ids(b)]
     assert sorted(seen) == expected
 
@@ -308,7 +307,7 @@ def test_max_rows_limits_the_held_out_rows_over_all_ranks() -> None:
     for max_rows, rows in ((1, 32), (16, 32), (47, 32), (10**9, of.n_blocks("validation") * 16)):
         loaders = [ValidationLoader(of, 32, max_rows=max_rows, rank=rank, world=2) for rank in range(2)]
         assert all(len(mine) for mine in loaders)
-        assert sum(len(batch.x) for mine in loaders for batch in mine) == rows
+        assert sum(len(batch[0]) for mine in loaders for batch in mine) == rows
 
 
 def test_fewer_held_out_blocks_than_ranks_are_refused() -> None:
@@ -330,8 +329,8 @@ def test_sampled_rows_are_spread_distinct_training_rows_the_same_each_time(rows:
     of = source()
     n_blocks = of.n_blocks("train")
     first, second = of.sample(rows), of.sample(rows)
-    assert torch.equal(first.x, second.x)
-    assert first.target is first.x
+    assert torch.equal(first[0], second[0])
+    assert len(first) == 1
     found = ids(first)
     assert len(set(found)) == len(found)
     assert min(rows, n_blocks * 16) <= len(found) <= max(rows + n_blocks, n_blocks)

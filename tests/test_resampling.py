@@ -43,9 +43,9 @@ class Look(Callback):
         """After Resampling, which comes first."""
         if trainer.global_step == self.step:
             assert isinstance(pl_module, SAEModule)
-            self.seen = {name: value.detach().clone() for name, value in pl_module.variant.named_parameters()}
+            self.seen = {name: value.detach().clone() for name, value in pl_module.members[0].variant.named_parameters()}
             optimizer = trainer.optimizers[0]
-            for name, parameter in pl_module.variant.named_parameters():
+            for name, parameter in pl_module.members[0].variant.named_parameters():
                 self.seen[f"v/{name}"] = optimizer.state[parameter]["exp_avg_sq"].clone()
 
 
@@ -115,10 +115,10 @@ def test_rows_are_drawn_by_squared_loss_without_replacement() -> None:
     x[::400] *= 1000.0  # a few rows that a constant reconstruction misses by far
     zero = SAE(torch.zeros(4, D_IN), torch.zeros(4), torch.zeros(4, D_IN), torch.zeros(D_IN), rule="topk", k=1)
     source = TensorSource(x, validation_share=0.0)
-    drawn = draw_by_loss(zero, source, 11, torch.Generator().manual_seed(0)).x
+    drawn = draw_by_loss(zero, source, source.pairs[0], 11, torch.Generator().manual_seed(0)).x
     assert (drawn.norm(dim=1) > 1).all()
     assert len(torch.unique(drawn, dim=0)) == 11
-    again = draw_by_loss(zero, source, 11, torch.Generator().manual_seed(0)).x
+    again = draw_by_loss(zero, source, source.pairs[0], 11, torch.Generator().manual_seed(0)).x
     assert torch.equal(drawn, again)
 
 

@@ -101,7 +101,7 @@ def test_statistics_are_those_of_the_training_rows_alone(paired: bool) -> None:
     source = TensorSource(x, target, validation_share=0.3)
     blocks = [source.read_block("train", i) for i in range(source.n_blocks("train"))]
     for which, stats in enumerate(source.statistics):
-        part = torch.cat([b[which if paired else 0] for b in blocks]).double().numpy()  # type: ignore[misc]
+        part = torch.cat([b[which] for b in blocks]).double().numpy()
         norms = np.linalg.norm(part, axis=1)
         assert stats.count == len(part)
         np.testing.assert_allclose(stats.mean, part.mean(0), rtol=1e-10)
@@ -109,7 +109,8 @@ def test_statistics_are_those_of_the_training_rows_alone(paired: bool) -> None:
         assert stats.mean_norm == pytest.approx(norms.mean(), rel=1e-10)
         assert stats.mean_square_norm == pytest.approx((norms**2).mean(), rel=1e-10)
         assert stats.max_norm == pytest.approx(norms.max(), rel=1e-10)
-    assert (source.d_in, source.d_out) == (D, 2 if paired else D)
+    assert source.widths == ((D, 2) if paired else (D,))
+    assert (source.pairs[0].input, source.pairs[0].target) == (0, int(paired))
 
 
 def test_the_fingerprint_changes_with_any_value_shape_type_or_target() -> None:
@@ -126,7 +127,7 @@ def test_the_fingerprint_changes_with_any_value_shape_type_or_target() -> None:
     ]
     assert len({source.fingerprint for source in sources}) == len(sources)
     assert TensorSource(x).fingerprint == TensorSource(x.clone()).fingerprint
-    assert sources[0].identity["dataset"] == sources[0].fingerprint
+    assert sources[0].pairs[0].identity["dataset"] == sources[0].fingerprint
 
 
 def bad(value: float) -> Tensor:
@@ -189,22 +190,22 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_dataset_on_disk_is_read_by_the_loader_once_a_pass(dataset: Path) -> None:
     source = ShardSource(str(dataset))
-    assert (source.d_in, source.d_out) == (D, D)
+    assert source.widths == (D,)
     plan = Plan(source.n_blocks("train"), source.block_rows("train"), 64)
-    seen = [int(r) for batch in TrainLoader(source, plan, plan.batches_per_pass) for r in batch.x[:, 0]]
+    seen = [int(r) for batch in TrainLoader(source, plan, plan.batches_per_pass) for r in batch[0][:, 0]]
     assert sorted(seen) == list(range(1, 4097))
-    held_out = [int(r) for batch in ValidationLoader(source, 512) for r in batch.x[:, 0]]
+    held_out = [int(r) for batch in ValidationLoader(source, 512) for r in batch[0][:, 0]]
     assert sorted(held_out) == list(range(-2048, 0))
 
 
 def test_a_dataset_tells_its_statistics_and_where_it_is_from(dataset: Path) -> None:
     source = ShardSource(str(dataset))
     assert source.statistics[0].mean == pytest.approx([2048.5] * D)
-    assert source.statistics[0] == source.statistics[1]
+    assert len(source.statistics) == 1
     site = {"id": "blocks.3:out", "module_path": "blocks.3", "where": "out", "d": D, "dtype": "float32"}
-    assert source.identity["site"] == site
-    assert source.identity["target"] is None
-    assert source.identity["dataset"] == source.fingerprint == ShardSource(str(dataset)).fingerprint
+    assert source.pairs[0].identity["site"] == site
+    assert source.pairs[0].identity["target"] is None
+    assert source.pairs[0].identity["dataset"] == source.fingerprint == ShardSource(str(dataset)).fingerprint
 
 
 def test_a_target_site_is_read_beside_the_input(dataset: Path) -> None:
@@ -212,7 +213,7 @@ def test_a_target_site_is_read_beside_the_input(dataset: Path) -> None:
     x, target = source.read_block("train", 3)
     assert target is not None
     assert torch.equal(x, target)
-    assert source.identity["target"] == source.identity["site"]
+    assert source.pairs[0].identity["target"] == source.pairs[0].identity["site"]
 
 
 def test_a_dataset_without_held_out_rows_has_no_such_blocks(tmp_path: Path) -> None:

@@ -116,14 +116,15 @@ class RunConfig(SaveConfigCallback):
             clear(run)  # only now, when everything that could be refused has been accepted
         (run / "config.yaml").write_text(self._text)
         assert isinstance(pl_module, SAEModule)
-        record = VARIANTS.name_of(type(pl_module.variant))
+        members = pl_module.members
+        record = VARIANTS.name_of(type(members[0].variant))
         facts = {
             "config": yaml.safe_load(self._text),
-            "data": pl_module.data.source.identity,
+            "data": {member.pair.name or "site": member.pair.identity for member in members},
             "variant": {"name": record.name, "distribution": record.distribution, "version": record.version},
             "resolved": {
                 "total_steps": trainer.max_steps,
-                "dead_after_tokens": pl_module.variant.run.dead_after_tokens,
+                "dead_after_tokens": members[0].variant.run.dead_after_tokens,
                 **pl_module.identity(),
             },
         }

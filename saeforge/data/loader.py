@@ -1,7 +1,7 @@
 """Batches from blocks, in the order of a `Plan`, read ahead on threads, resumable from one integer.
 
 A block goes from its file straight into the buffer of its window; a batch is one gather of rows out of the windows, on
-the device that trains. Buffers are reused, so that memory stays what it is after the first windows:
+the device that trains. Rows are reused, so that memory stays what it is after the first windows:
 
     host bytes   = 2 * lanes_here * window_rows * row_bytes + 3 * batch_bytes    (the second window is read ahead)
     device bytes = the same first term once more, if the device is not the CPU
@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeforge.data.batch import Batch
 from saeforge.data.plan import RNG, Plan
-from saeforge.data.source import BlockSource, Buffers, empty_rows
+from saeforge.data.source import BlockSource, Rows, empty_rows
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
 
 Key = tuple[int, int, int]  # pass, lane, window
@@ -64,7 +63,7 @@ class ReadStats:
 class _Window:
     """One lane's window: blocks on their way into its buffers, and the order of its rows."""
 
-    def __init__(self, stream: _Stream, key: Key, buffers: Buffers) -> None:
+    def __init__(self, stream: _Stream, key: Key, buffers: Rows) -> None:
         self.buffers, self.device_buffers = buffers, None if stream.staged else buffers
         self._stream, self._order = stream, stream.pool.submit(stream.plan.rows, *key)
         rows = stream.plan.block_rows
@@ -106,42 +105,38 @@ class _Stream:
         self.stats = ReadStats()
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="saeforge-read")
         self.windows: dict[Key, _Window] = {}
-        self._free: list[Buffers] = []
-        self._free_on_device: list[Buffers] = []
-        self._outputs: list[Buffers] = []
+        self._free: list[Rows] = []
+        self._free_on_device: list[Rows] = []
+        self._outputs: list[Rows] = []
         self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.windows.clear()
 
-    def read(self, block: int, start: int, buffers: Buffers) -> tuple[int, float]:
+    def read(self, block: int, start: int, buffers: Rows) -> tuple[int, float]:
         """Job of a reading thread: one block into its place. Returns bytes and seconds."""
         begin = time.perf_counter()
-        stop = start + self.plan.block_rows
-        x, target = (None if part is None else part[start:stop] for part in buffers)
-        assert x is not None
-        self.source.read_block("train", block, (x, target))
-        return sum(part.nbytes for part in (x, target) if part is not None), time.perf_counter() - begin
+        places = tuple(buffer[start : start + self.plan.block_rows] for buffer in buffers)
+        self.source.read_block("train", block, places)
+        return sum(place.nbytes for place in places), time.perf_counter() - begin
 
-    def upload(self, buffers: Buffers) -> Buffers:
+    def upload(self, buffers: Rows) -> Rows:
         """Copies a window to the device without stopping it; later work on the current stream waits for the copy."""
         on_device = self._free_on_device.pop() if self._free_on_device else self._empty(self.device)
         if self._copies is None:
             for part, place in zip(buffers, on_device, strict=True):
-                if part is not None and place is not None:
-                    place.copy_(part)
+                place.copy_(part)
             return on_device
         current = torch.cuda.current_stream(self.device)
         self._copies.wait_stream(current)  # gathers from this memory's last window
         with torch.cuda.stream(self._copies):
             for part, place in zip(buffers, on_device, strict=True):
-                if part is not None and place is not None:
-                    place.copy_(part, non_blocking=True)
+                place.copy_(part, non_blocking=True)
         current.wait_stream(self._copies)
         return on_device
 
-    def batch(self, index: int, reuse: bool) -> Batch:
+    def batch(self, index: int, reuse: bool) -> Rows:
         """Rows of global batch `index` that belong to these lanes."""
         pass_index, pieces = self.plan.pieces(index)
         here = [(pass_index, lane, piece.window) for lane in self.lanes for piece in pieces]
@@ -166,17 +161,16 @@ class _Stream:
             for piece in pieces
         ]
         rows = self.plan.lane_rows * len(self.lanes)
-        x, target = self._output(rows, reuse and not self.staged)
+        outputs = self._output(rows, reuse and not self.staged)
         at = 0
         for window, piece in parts:
             assert window.order is not None
             assert window.device_buffers is not None
             order = window.order[piece]
-            for source, out in zip(window.device_buffers, (x, target), strict=True):
-                if source is not None and out is not None:
-                    torch.index_select(source, 0, order, out=out[at : at + len(order)])
+            for rows_of_window, output in zip(window.device_buffers, outputs, strict=True):
+                torch.index_select(rows_of_window, 0, order, out=output[at : at + len(order)])
             at += len(order)
-        return Batch(x, x if target is None else target)
+        return outputs
 
     def _next(self, pass_index: int, window: int) -> tuple[int, int]:
         return (pass_index, window + 1) if window + 1 < self.plan.windows_per_lane else (pass_index + 1, 0)
@@ -188,12 +182,12 @@ class _Stream:
         if self.staged and window.device_buffers is not None:
             self._free_on_device.append(window.device_buffers)
 
-    def _empty(self, device: torch.device | None) -> Buffers:
+    def _empty(self, device: torch.device | None) -> Rows:
         rows = max(stop - start for start, stop in map(self.plan.window_bounds, range(self.plan.windows_per_lane)))
         pinned = self.staged and device is None and self.device.type == "cuda"
         return empty_rows(self.source, rows * self.plan.block_rows, device=device, pinned=pinned)
 
-    def _output(self, rows: int, reuse: bool) -> Buffers:
+    def _output(self, rows: int, reuse: bool) -> Rows:
         """Memory for a batch; fresh memory costs a page fault every 4 KiB, four times the gather itself [data 5.1]."""
         if not reuse:
             return empty_rows(self.source, rows, device=self.device)
@@ -247,7 +241,7 @@ class TrainLoader:
         """Batches of the whole run, on every rank."""
         return self.total
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Rows]:
         """From the current position to the end; nothing but a consumed batch moves the position."""
         stream = _Stream(self.source, self.plan, self.lanes, self.device, self.threads)
         self._stats = stream.stats
@@ -336,12 +330,12 @@ class ValidationLoader:
         """Batches of this rank."""
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Rows]:
         """All batches of this rank."""
         for blocks in self._batches:
             rows = self.source.block_rows(self.split)
-            x, target = empty_rows(self.source, rows * len(blocks))
+            outputs = empty_rows(self.source, rows * len(blocks))
             for at, block in enumerate(blocks):
-                place = slice(at * rows, (at + 1) * rows)
-                self.source.read_block(self.split, block, (x[place], None if target is None else target[place]))
-            yield Batch(x, x if target is None else target)
+                places = tuple(output[at * rows : (at + 1) * rows] for output in outputs)
+                self.source.read_block(self.split, block, places)
+            yield outputs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saeforge.data.batch import Batch
+from saeforge.data.manifest import SiteRecord
 from saeforge.data.moments import Moments, Statistics
 from saeforge.data.plan import permutation
 from saeforge.data.shards import ActivationDataset
@@ -20,27 +21,46 @@ from saeforge.errors import ConfigError, DatasetError
 
 MIN_BLOCK_ROWS = 16
 
-#: Memory for rows of the input, and of the target where it is another tensor.
-Buffers = tuple[Tensor, Tensor | None]
+#: Tensors side by side, (rows, width) each: row i of all of them belongs to one token.
+Rows = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What one SAE learns from a source.
+
+    Attributes:
+        name: of the SAE among those that train together; "" where there is one.
+        input: number of the tensor that it reads.
+        target: number of the tensor that it reconstructs; the same one for an SAE, another for a transcoder.
+        identity: where the rows come from (model, site, target, dataset), as plain JSON values.
+    """
+
+    name: str
+    input: int
+    target: int
+    identity: dict[str, Any]
+
+    def batch(self, rows: Rows) -> Batch:
+        """The batch of this SAE; `target` is the same tensor as `x` where the numbers are equal."""
+        return Batch(rows[self.input], rows[self.target])
 
 
 class BlockSource(Protocol):
     """Blocks of activation rows, all of one split equally long. Reading is safe from several threads at once.
 
     Attributes:
-        d_in: width of the input. d_out: width of the target.
-        dtypes: of input and target; None for the target where it is the input.
-        statistics: of the training rows: input, then target.
+        widths: of each tensor of a block. dtypes: of each.
+        statistics: of the training rows of each.
+        pairs: which tensors train which SAE.
         fingerprint: changes whenever the data does.
-        identity: where the rows come from (model, site, dataset), as plain JSON values.
     """
 
-    d_in: int
-    d_out: int
-    dtypes: tuple[torch.dtype, torch.dtype | None]
-    statistics: tuple[Statistics, Statistics]
+    widths: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    statistics: tuple[Statistics, ...]
+    pairs: tuple[Pair, ...]
     fingerprint: str
-    identity: dict[str, Any]
 
     def n_blocks(self, split: str) -> int:
         """Number of blocks of "train" or "validation"; 0 if there is no such split."""
@@ -48,89 +68,92 @@ class BlockSource(Protocol):
     def block_rows(self, split: str) -> int:
         """Rows of every block of a split."""
 
-    def read_block(self, split: str, index: int, into: Buffers | None = None) -> Buffers:
-        """Input (rows, d_in) and target (rows, d_out) of a block, on the CPU; target None means the input.
+    def read_block(self, split: str, index: int, into: Rows | None = None) -> Rows:
+        """The tensors of a block, on the CPU.
 
         Args:
             split: "train" or "validation".
             index: of the block.
-            into: memory of these shapes and `dtypes` that receives the rows; None: the source's own, or new.
+            into: memory of these shapes and dtypes that receives the rows; None: the source's own, or new.
         """
 
-    def sample(self, rows: int) -> Batch:
+    def sample(self, rows: int) -> Rows:
         """About `rows` training rows spread over the data, the same at every call and on every rank."""
 
     def counters(self) -> dict[str, float]:
         """What reading has met so far, for the logger: retries, bytes from a cache; empty if nothing can happen."""
 
 
-def empty_rows(source: BlockSource, rows: int, *, device: torch.device | None = None, pinned: bool = False) -> Buffers:
+def empty_rows(source: BlockSource, rows: int, *, device: torch.device | None = None, pinned: bool = False) -> Rows:
     """Memory for `rows` rows of a source."""
-    widths = zip((source.d_in, source.d_out), source.dtypes, strict=True)
-    x, target = (
-        None if dtype is None else torch.empty(rows, d, dtype=dtype, device=device, pin_memory=pinned)
-        for d, dtype in widths
+    return tuple(
+        torch.empty(rows, width, dtype=dtype, device=device, pin_memory=pinned)
+        for width, dtype in zip(source.widths, source.dtypes, strict=True)
     )
-    assert x is not None
-    return x, target
 
 
-def sample_blocks(source: BlockSource, rows: int) -> Batch:
+def sample_blocks(source: BlockSource, rows: int) -> Rows:
     """About `rows` training rows: the first ones of at most 256 blocks that are spread evenly."""
     n_blocks, block_rows = source.n_blocks("train"), source.block_rows("train")
     chosen = np.linspace(0, n_blocks - 1, num=min(n_blocks, 256)).astype(int)
     take = max(1, min(block_rows, -(-rows // len(chosen))))
     parts = [source.read_block("train", block) for block in dict.fromkeys(int(block) for block in chosen)]
-    x = torch.cat([part[:take] for part, _ in parts])
-    targets = [part[:take] for _, part in parts if part is not None]
-    return Batch(x, torch.cat(targets) if targets else x)
+    return tuple(torch.cat([part[:take] for part in tensors]) for tensors in zip(*parts, strict=True))
 
 
 class ShardSource:
     """An activation dataset on disk.
 
     Args:
-        path: the dataset's folder.
+        path: the dataset's folder or URL.
         input: site to read; may be omitted if the dataset has one.
         target: site to reconstruct (a transcoder); None: the input.
+        sites: sites that train an SAE each, instead of `input` and `target`.
 
     Raises:
         DatasetError: missing or damaged dataset, unknown site.
     """
 
-    def __init__(self, path: str, *, input: str | None = None, target: str | None = None) -> None:
-        self.input = ActivationDataset.open(path, site=input)
-        self.target = None if target is None else ActivationDataset.open(path, site=target)
-        self.d_in = self.input.d
-        self.d_out = self.input.d if self.target is None else self.target.d
-        self.dtypes = (self.input.dtype, None if self.target is None else self.target.dtype)
-        target_statistics = self.input.site.statistics if self.target is None else self.target.site.statistics
-        self.statistics = (self.input.site.statistics, target_statistics)
-        self.fingerprint = self.input.fingerprint
-        manifest = self.input.manifest
-        self.identity: dict[str, Any] = {
-            "model": manifest.model,
-            "site": _site(self.input),
-            "target": None if self.target is None else _site(self.target),
-            "dataset": self.fingerprint,
-            "dataset_path": str(Path(path).resolve()),
-        }
+    def __init__(
+        self, path: str, *, input: str | None = None, target: str | None = None, sites: Sequence[str] = ()
+    ) -> None:
+        wanted = [*sites] if sites else [input, *([] if target is None else [target])]
+        self.datasets = [ActivationDataset.open(path, site=site) for site in wanted]
+        first = self.datasets[0]
+        self.manifest = first.manifest
+        self.fingerprint = first.fingerprint
+        self.widths = tuple(dataset.d for dataset in self.datasets)
+        self.dtypes = tuple(dataset.dtype for dataset in self.datasets)
+        self.statistics = tuple(dataset.site.statistics for dataset in self.datasets)
+        common = {"dataset": self.fingerprint, "dataset_path": first.location}
+        named = [describe_site(dataset.site) for dataset in self.datasets]
+
+        def identity(site: dict[str, Any], target: dict[str, Any] | None) -> dict[str, Any]:
+            return {"model": self.manifest.model, "site": site, "target": target, **common}
+
+        if sites:
+            self.pairs = tuple(
+                Pair(short_name(dataset.site), i, i, identity(site, None))
+                for i, (dataset, site) in enumerate(zip(self.datasets, named, strict=True))
+            )
+        else:
+            self.pairs = (Pair("", 0, len(named) - 1, identity(named[0], named[1] if target else None)),)
 
     def n_blocks(self, split: str) -> int:
         """See `BlockSource`."""
-        return self.input.n_blocks(split) if split in self.input.manifest.splits else 0
+        return self.datasets[0].n_blocks(split)
 
     def block_rows(self, split: str) -> int:
         """See `BlockSource`."""
-        return self.input.block_rows(split)
+        return self.datasets[0].block_rows(split)
 
-    def read_block(self, split: str, index: int, into: Buffers | None = None) -> Buffers:
+    def read_block(self, split: str, index: int, into: Rows | None = None) -> Rows:
         """See `BlockSource`; checksums are verified at every read."""
-        x, target = into or (None, None)
-        x = self.input.read_block(split, index, x)
-        return x, None if self.target is None else self.target.read_block(split, index, target)
+        places = into or (None,) * len(self.datasets)
+        pairs = zip(self.datasets, places, strict=True)
+        return tuple(dataset.read_block(split, index, place) for dataset, place in pairs)
 
-    def sample(self, rows: int) -> Batch:
+    def sample(self, rows: int) -> Rows:
         """See `BlockSource`."""
         return sample_blocks(self, rows)
 
@@ -166,9 +189,9 @@ class TensorSource:
         self.y = None if target is None else _rows(target, "target")
         if self.y is not None and len(self.y) != len(self.x):
             raise ConfigError(f"X has {len(self.x)} rows and target {len(self.y)}; expected one target row per row")
-        self.d_in = self.x.shape[1]
-        self.d_out = self.d_in if self.y is None else self.y.shape[1]
-        self.dtypes = (self.x.dtype, None if self.y is None else self.y.dtype)
+        self._tensors = (self.x,) if self.y is None else (self.x, self.y)
+        self.widths = tuple(tensor.shape[1] for tensor in self._tensors)
+        self.dtypes = tuple(tensor.dtype for tensor in self._tensors)
         rows = MIN_BLOCK_ROWS
         if len(self.x) < 2 * rows * lanes:
             raise DatasetError(f"X has {len(self.x)} rows; training needs at least {2 * rows * lanes} ({lanes} lanes)")
@@ -185,11 +208,11 @@ class TensorSource:
         self._rows = rows
         self.statistics = self._statistics()
         digest = hashlib.sha256(repr((tuple(self.x.shape), str(self.x.dtype))).encode())
-        for tensor in (self.x, self.y):
-            if tensor is not None:
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        for tensor in self._tensors:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         self.fingerprint = digest.hexdigest()
-        self.identity: dict[str, Any] = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
+        identity = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
+        self.pairs: tuple[Pair, ...] = (Pair("", 0, len(self._tensors) - 1, identity),)
 
     def n_blocks(self, split: str) -> int:
         """See `BlockSource`."""
@@ -199,19 +222,17 @@ class TensorSource:
         """See `BlockSource`."""
         return self._rows
 
-    def read_block(self, split: str, index: int, into: Buffers | None = None) -> Buffers:
+    def read_block(self, split: str, index: int, into: Rows | None = None) -> Rows:
         """See `BlockSource`; without `into`, views of the rows in memory."""
         start = self._blocks[split][index] * self._rows
-        part = slice(start, start + self._rows)
-        views = self.x[part], None if self.y is None else self.y[part]
+        views = tuple(tensor[start : start + self._rows] for tensor in self._tensors)
         if into is None:
             return views
         for rows, place in zip(views, into, strict=True):
-            if rows is not None and place is not None:
-                place.copy_(rows)
+            place.copy_(rows)
         return into
 
-    def sample(self, rows: int) -> Batch:
+    def sample(self, rows: int) -> Rows:
         """See `BlockSource`."""
         return sample_blocks(self, rows)
 
@@ -219,19 +240,22 @@ class TensorSource:
         """See `BlockSource`."""
         return {}
 
-    def _statistics(self) -> tuple[Statistics, Statistics]:
-        moments = [Moments.empty(self.d_in), Moments.empty(self.d_out)]
+    def _statistics(self) -> tuple[Statistics, ...]:
+        moments = [Moments.empty(width) for width in self.widths]
         for index in range(self.n_blocks("train")):
             for which, rows in enumerate(self.read_block("train", index)):
-                if rows is not None:
-                    moments[which] = moments[which].merge(Moments.of(rows.float().numpy()))
-        first = moments[0].statistics()
-        return first, first if self.y is None else moments[1].statistics()
+                moments[which] = moments[which].merge(Moments.of(rows.float().numpy()))
+        return tuple(part.statistics() for part in moments)
 
 
-def _site(dataset: ActivationDataset) -> dict[str, Any]:
-    site = dataset.site
+def describe_site(site: SiteRecord) -> dict[str, Any]:
+    """What an SAE remembers of the site that it was trained on."""
     return {"id": site.id, "module_path": site.module_path, "where": site.where, "d": site.d, "dtype": site.dtype}
+
+
+def short_name(site: SiteRecord) -> str:
+    """A name for a folder and for a logger: what the user called the site, or its id without the colon."""
+    return (site.alias or site.id).replace(":", ".")
 
 
 def _rows(data: Any, name: str) -> Tensor:

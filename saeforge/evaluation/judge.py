@@ -119,7 +119,7 @@ def evaluate(
             found = measure_effect(
                 spliced,
                 sae,
-                torch.tensor(source.statistics[1].mean),
+                torch.tensor(source.statistics[source.pairs[0].target].mean),
                 texts,
                 contexts_at_once=batch_contexts,
                 seed=seed,
@@ -146,16 +146,18 @@ def evaluate(
     return result
 
 
-def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[Path, ShardSource]:
+def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[str, ShardSource]:
     """Open the dataset to judge on, and see that it fits the SAE."""
     path = data or sae.meta.get("dataset_path")
     if path is None:
         raise ConfigError("this SAE does not say which dataset it was trained on; give one with --data")
     site, target = sae.meta.get("site") or {}, sae.meta.get("target") or {}
     source = ShardSource(str(path), input=site.get("id"), target=target.get("id"))
-    if (source.d_in, source.d_out) != (sae.d_in, sae.d_out):
+    pair = source.pairs[0]
+    if (source.widths[pair.input], source.widths[pair.target]) != (sae.d_in, sae.d_out):
         raise DatasetError(
-            f"{path} holds activations {source.d_in} wide, this SAE reads {sae.d_in}; give its own dataset with --data"
+            f"{path} holds activations {source.widths[0]} wide, this SAE reads {sae.d_in}; give its own dataset with "
+            "--data"
         )
     if split not in ("train", "validation"):
         raise ConfigError(f"split {split!r}: expected 'validation' or 'train'")
@@ -163,11 +165,11 @@ def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[Path, 
         raise DatasetError(
             f"{path} has no {split} split; harvest with a validation_share above 0, or use --split train"
         )
-    return Path(path), source
+    return str(path), source
 
 
 def _open_effect(
-    sae: SAE, root: Path, source: ShardSource, split: str, *, budget: int, model: str | None, device: str
+    sae: SAE, root: str, source: ShardSource, split: str, *, budget: int, model: str | None, device: str
 ) -> tuple[SplicedModel, HeldOutTexts]:
     """Load the SAE's causal language model, and open the texts behind the activations.
 
@@ -176,7 +178,7 @@ def _open_effect(
         DatasetError: damaged texts.
     """
     origin = origin_of(sae, model=model)
-    manifest = source.input.manifest
+    manifest = source.manifest
     texts = HeldOutTexts(root, manifest, split, budget=budget)
     card = sae.meta["model"]
     # The files tell where both name them: a name may be a path that moved, or one that other weights have now.

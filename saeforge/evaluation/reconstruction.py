@@ -44,10 +44,12 @@ def measure_reconstruction(
         batch_size: rows at a time; the result does not depend on it.
         on_progress: called with (batches done, batches in all).
     """
-    mean = torch.tensor(source.statistics[1].mean)
+    pair = source.pairs[0]
+    mean = torch.tensor(source.statistics[pair.target].mean)
     metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, device=sae.device)
     loader = ValidationLoader(source, batch_size, max_rows=max_tokens, split=split)
-    for done, batch in enumerate(loader, start=1):
+    for done, rows in enumerate(loader, start=1):
+        batch = pair.batch(rows)
         x = batch.x.to(sae.device).float()
         code = sae.encode(x)
         metrics.update(batch.target.to(sae.device), sae.decode(code, x), code)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
 
 #: Edges of the density histogram: log10 of the share of tokens on which a latent fires.
@@ -25,13 +26,13 @@ class Telemetry(Callback):
     Keys: `train/loss`, `train/<term>` for each of the variant's terms, `train/l0`, `train/fvu`, `train/dead`,
     `train/tokens_per_second`, `schedule/<name>`, `schedule/lr`; what reading costs on rank 0, as `data/wait_ms` (a step
     stood still for data), `data/windows_ready` (read ahead), `data/read_gb_per_second` (a reading thread); the density
-    histogram goes to wandb as `train/log10_density`.
+    histogram goes to wandb as `train/log10_density`. Where several SAEs train, the names of each begin with its own.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self._clock = time.perf_counter()
-        self._rows_since_density = 0.0
+        self._rows_since_density: dict[str, float] = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -41,41 +42,52 @@ class Telemetry(Callback):
         assert isinstance(pl_module, SAEModule)
         if not pl_module.stepped or (step % every and step != trainer.max_steps):
             return
-        variant = pl_module.variant
-        values = pl_module.readout.read(variant.run.group)
-        if not values:
-            return
         now = time.perf_counter()
-        rows, elapsed = values["rows"], now - self._clock
-        self._clock = now
-        self._rows_since_density += rows
+        elapsed, self._clock = now - self._clock, now
+        shared = {"train/tokens": float(step * pl_module.data.rows_per_step)}
+        shared |= {f"data/{name}": value for name, value in pl_module.data.read_figures().items()}
+        for member in pl_module.members:
+            prefix = prefix_of(member)
+            values = member.readout.read(member.variant.run.group)
+            if not values:
+                continue
+            self._rows_since_density[prefix] = self._rows_since_density.get(prefix, 0.0) + values["rows"]
+            shared["train/tokens_per_second"] = values["rows"] / elapsed
+            figures = self._figures(member, values, step)
+            for logger in trainer.loggers:
+                logger.log_metrics({**{f"{prefix}{name}": v for name, v in figures.items()}, **shared}, step=step)
+                if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                    density = self._density(member.variant.firing_counts, self._rows_since_density[prefix])
+                    logger.log_metrics({f"{prefix}train/log10_density": density}, step=step)
+            member.variant.firing_counts.zero_()
+            self._rows_since_density[prefix] = 0.0
+
+    def _figures(self, member: Member, values: dict[str, float], step: int) -> dict[str, float]:
+        """One SAE's figures since the last reading."""
+        rows = values["rows"]
         figures = {"train/loss": values["loss"]}
         figures |= {f"train/{name[5:]}": value for name, value in values.items() if name.startswith("term/")}
+        assert member.optimizer is not None
         figures |= {
             "train/l0": values["active"] / rows,
-            "train/fvu": values["counter/squared_error"] / (rows * pl_module.total_variance or math.nan),
-            "train/dead": float(variant.dead().sum()),
-            "train/tokens_per_second": rows / elapsed,
-            "train/tokens": step * pl_module.data.rows_per_step,
-            "schedule/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/fvu": values["counter/squared_error"] / (rows * member.total_variance or math.nan),
+            "train/dead": float(member.variant.dead().sum()),
+            "schedule/lr": member.optimizer.param_groups[0]["lr"],
         }
-        figures |= {f"data/{name}": value for name, value in pl_module.data.read_figures().items()}
-        scheduled = pl_module.schedule_values(max(0, step - 1))
+        scheduled = member.schedule_values(max(0, step - 1))
         figures |= {f"schedule/{name}": value for name, value in scheduled.items() if name != "lr_factor"}
-        pl_module.latest.update(
-            loss=figures["train/loss"], l0=figures["train/l0"], fvu=figures["train/fvu"], dead=figures["train/dead"]
-        )
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=step)
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                logger.log_metrics({"train/log10_density": self._density(variant.firing_counts)}, step=step)
-        variant.firing_counts.zero_()
-        self._rows_since_density = 0.0
+        member.latest.update({name: figures[f"train/{name}"] for name in ("loss", "l0", "fvu", "dead")})
+        return figures
 
-    def _density(self, counts: Tensor) -> Any:
+    def _density(self, counts: Tensor, rows: float) -> Any:
         import wandb  # imported only where a wandb logger exists already
 
-        return wandb.Histogram(np_histogram=density_histogram(counts, self._rows_since_density))
+        return wandb.Histogram(np_histogram=density_histogram(counts, rows))
+
+
+def prefix_of(member: Member) -> str:
+    """What stands before the names of an SAE's figures: nothing where it trains alone."""
+    return f"{member.pair.name}/" if member.pair.name else ""
 
 
 def density_histogram(counts: Tensor, rows: float) -> tuple[Any, Any]:
@@ -91,13 +103,21 @@ class ValidationTable(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All ranks reduce; rank 0 logs."""
         assert isinstance(pl_module, SAEModule)
-        result = pl_module.validation_result()
-        pl_module.latest["val_fvu"] = result.fvu
-        figures = {f"val/{name}": float(value) for name, value in asdict(result).items()}
-        # What EarlyStopping and ModelCheckpoint may monitor; `self.log` would send it to the loggers a second time.
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+        for member, result in zip(pl_module.members, pl_module.validation_results(), strict=True):
+            member.latest["val_fvu"] = result.fvu
+            figures = {f"{prefix_of(member)}val/{name}": float(value) for name, value in asdict(result).items()}
+            # What EarlyStopping and ModelCheckpoint may monitor; `self.log` would send it to the loggers once more.
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=trainer.global_step)
+
+
+def latest_of(module: SAEModule) -> dict[str, float]:
+    """The last figures for a line on the screen: of several SAEs their means, dead latents summed."""
+    members = module.members
+    names = members[0].latest
+    figures = {name: sum(member.latest[name] for member in members) for name in names}
+    return {name: value if name == "dead" else value / len(members) for name, value in figures.items()}
 
 
 class ProgressBar(RichProgressBar):
@@ -106,9 +126,10 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Shown at the right of the bar."""
         assert isinstance(pl_module, SAEModule)
-        shown = {name: f"{value:.4g}" for name, value in pl_module.latest.items() if name != "dead"}
-        if "dead" in pl_module.latest:
-            shown["dead"] = f"{pl_module.latest['dead']:.0f}"
+        latest = latest_of(pl_module)
+        shown = {name: f"{value:.4g}" for name, value in latest.items() if name != "dead"}
+        if "dead" in latest:
+            shown["dead"] = f"{latest['dead']:.0f}"
         return shown
 
     def _get_train_description(self, current_epoch: int) -> str:
@@ -129,7 +150,7 @@ class ProgressLines(Callback):
         if not pl_module.stepped or step % max(1, total // 10) or not trainer.is_global_zero:
             return
         pace = (time.perf_counter() - self._clock) / (step - self._first)
-        figures = "".join(f"{name} {value:.4g}, " for name, value in pl_module.latest.items())
+        figures = "".join(f"{name} {value:.4g}, " for name, value in latest_of(pl_module).items())
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (total - step)))
         tokens = pl_module.data.rows_per_step / pace
         print(f"step {step:,} of {total:,}: {figures}{tokens:,.0f} tokens/s, {left} left", flush=True)

@@ -9,10 +9,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from saeforge.data.batch import Batch
 from saeforge.data.loader import TrainLoader, ValidationLoader
 from saeforge.data.plan import Plan
-from saeforge.data.source import BlockSource, ShardSource
+from saeforge.data.source import BlockSource, Rows, ShardSource
 from saeforge.errors import ConfigError
 from saeforge.ops import Group
 
@@ -94,14 +93,14 @@ class ActivationData(LightningDataModule):
         self._state: dict[str, Any] | None = None
 
     @property
-    def d_in(self) -> int:
-        """Width of the input."""
-        return self.source.d_in
+    def d_in(self) -> list[int]:
+        """Width of the input of each SAE."""
+        return [self.source.widths[pair.input] for pair in self.source.pairs]
 
     @property
-    def d_out(self) -> int:
-        """Width of the target."""
-        return self.source.d_out
+    def d_out(self) -> list[int]:
+        """Width of the target of each SAE."""
+        return [self.source.widths[pair.target] for pair in self.source.pairs]
 
     @property
     def rows_per_step(self) -> int:
@@ -161,12 +160,9 @@ class ActivationData(LightningDataModule):
             self.source, self.batch_size, max_rows=self.validation_rows, rank=group.rank, world=group.size
         )
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Moves a batch; `target` stays the same tensor as `x` where it was."""
-        x = batch.x.to(device, non_blocking=True)
-        target = x if batch.target is batch.x else batch.target.to(device, non_blocking=True)
-        extras = (None if part is None else part.to(device, non_blocking=True) for part in (batch.weight, batch.group))
-        return Batch(x, target, *extras)
+    def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Rows:
+        """Moves held-out rows; training rows are gathered where they are needed."""
+        return tuple(part.to(device, non_blocking=True) for part in batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state: also here, since Lightning drops a loader's own at the end of an epoch [data 5.5]."""

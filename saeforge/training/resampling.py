@@ -15,8 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from saeforge.data.batch import Batch
-from saeforge.data.source import BlockSource
+from saeforge.data.source import BlockSource, Pair
 from saeforge.sae import SAE
+from saeforge.training.data import ActivationData
+from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
 from saeforge.variants import Resampled
 
@@ -25,47 +27,52 @@ ROWS = 819_200  # over which the loss is measured
 
 
 class Resampling(Callback):
-    """Resamples after the steps that `SAEModule.resample_steps` names. All ranks compute the same rows."""
+    """Resamples after the steps that `Member.resample_steps` names. All ranks compute the same rows."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Once at each of the steps."""
         assert isinstance(pl_module, SAEModule)
         step = trainer.global_step
-        if not pl_module.stepped or step not in pl_module.resample_steps or step >= trainer.max_steps:
+        if not pl_module.stepped or step >= trainer.max_steps:
             return
-        variant = pl_module.variant
+        for member in pl_module.members:
+            if step in member.resample_steps:
+                self._resample(member, pl_module.data, step)
+
+    def _resample(self, member: Member, data: ActivationData, step: int) -> None:
+        variant = member.variant
         assert isinstance(variant, Resampled)
-        window = min(SILENT_STEPS, step) * pl_module.data.rows_per_step
+        assert member.optimizer is not None
+        window = min(SILENT_STEPS, step) * data.rows_per_step
         dead = (variant.tokens_since_fired >= window).nonzero(as_tuple=True)[0]
         rank_zero_info(f"step {step:,}: resampling {dead.numel():,} of {variant.d_sae:,} latents")
         if dead.numel() == 0:
             return
         generator = torch.Generator().manual_seed(step)
-        rows = draw_by_loss(variant.fold(), pl_module.data.source, dead.numel(), generator)
+        rows = draw_by_loss(variant.fold(), data.source, member.pair, dead.numel(), generator)
         dead = dead[: len(rows.x)]  # a tiny dataset may have fewer rows than latents are dead
         x, target = variant.scaled(Batch(rows.x.to(dead.device), rows.target.to(dead.device)))
         for parameter in variant.reset_latents_(dead, x, target):
-            for value in trainer.optimizers[0].state.get(parameter, {}).values():
+            for value in member.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value[dead] = 0.0
         variant.tokens_since_fired[dead] = 0
 
 
 @torch.no_grad()
-def draw_by_loss(sae: SAE, source: BlockSource, n: int, generator: torch.Generator) -> Batch:
+def draw_by_loss(sae: SAE, source: BlockSource, pair: Pair, n: int, generator: torch.Generator) -> Batch:
     """n training rows without replacement, with probability proportional to their squared loss.
 
     One pass over up to `ROWS` rows in bounded memory: the n largest log-weights plus Gumbel noise are such a draw
     (Efraimidis and Spirakis 2006).
     """
     kept_keys = torch.empty(0, dtype=torch.float64)
-    kept_x, kept_target = torch.empty(0, source.d_in), torch.empty(0, source.d_out)
+    kept_x, kept_target = torch.empty(0, sae.d_in), torch.empty(0, sae.d_out)
     blocks = min(source.n_blocks("train"), -(-ROWS // source.block_rows("train")))
     stride = source.n_blocks("train") / blocks
     for index in range(blocks):
-        x, target = source.read_block("train", int(index * stride))
-        x = x.float()
-        target = x if target is None else target.float()
+        batch = pair.batch(source.read_block("train", int(index * stride)))
+        x, target = batch.x.float(), batch.target.float()
         on_device = x.to(sae.device)
         error = sae.decode(sae.encode(on_device), on_device).cpu() - target
         loss = error.double().square().sum(1)

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from saeforge.errors import CheckpointError, ConfigError, SaeforgeError
 from saeforge.features.store import STORE_FILE, progress_file
+from saeforge.ops import Group
 from saeforge.training.module import SAEModule
 
 CHECKPOINTS_PER_RUN = 10
@@ -158,7 +159,7 @@ class RunFolder(Callback):
         assert isinstance(pl_module, SAEModule)
         if not pl_module.stepped:  # a checkpoint would lose the gradients accumulated so far
             return
-        step, group = trainer.global_step, pl_module.variant.run.group
+        step, group = trainer.global_step, Group.world()
         # A signal reaches the ranks at different steps, or one of them only: they stop at the same step or hang.
         if (group.size == 1 or step % AGREE_STEPS == 0) and self._agree_to_stop(pl_module):
             trainer.should_stop = True
@@ -171,14 +172,14 @@ class RunFolder(Callback):
             self._save(trainer, pl_module)
 
     def _agree_to_stop(self, pl_module: SAEModule) -> bool:
-        stop = pl_module.variant.run.group.agree(self.stopped_by is not None, pl_module.device)
+        stop = Group.world().agree(self.stopped_by is not None, pl_module.device)
         if stop and self.stopped_by is None:
             self.stopped_by = signal.SIGTERM.name  # another rank's; Ctrl-C in a terminal reaches all of them
         return stop
 
     def _save(self, trainer: Trainer, pl_module: SAEModule) -> None:
         # The loss is read every log_every_n_steps only: a run that broke since must not replace its last good state.
-        if not all(bool(torch.isfinite(weight).all()) for weight in pl_module.variant.parameters()):
+        if not all(bool(torch.isfinite(weight).all()) for weight in pl_module.parameters()):
             raise SaeforgeError(
                 f"the weights are not finite at step {trainer.global_step}; lower model.lr, or check the activations; "
                 "the last checkpoint is intact"
@@ -199,9 +200,9 @@ class RunFolder(Callback):
         if trainer.global_step >= trainer.max_steps:
             self.stopped_by = None  # a signal at the last step came too late to stop anything
         if trainer.is_global_zero and self.stopped_by is None:
-            sae = pl_module.variant.fold()
-            sae.meta = pl_module.provenance()
-            sae.save(self.run / "sae")
+            for member, sae in zip(pl_module.members, pl_module.folded(), strict=True):
+                (self.run / member.pair.name).mkdir(exist_ok=True)
+                sae.save(self.run / member.pair.name / "sae")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the signals back."""

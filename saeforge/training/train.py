@@ -99,6 +99,4 @@ def train(
     host.fit(module, data)
     if host.run_folder is not None and host.run_folder.stopped_by is not None:
         raise KeyboardInterrupt  # what is there is not the SAE that was asked for
-    sae = module.variant.fold()
-    sae.meta = module.provenance()
-    return sae
+    return module.folded()[0]

@@ -1,0 +1,262 @@
+"""`Member`: one SAE in training, with its own data, schedules, optimizer settings and figures.
+
+A run trains one, or several from one stream of activations. It knows nothing of any variant's mathematics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from saeforge import __version__
+from saeforge.data.moments import Statistics
+from saeforge.data.source import Pair, Rows
+from saeforge.errors import CheckpointError, ConfigError, DatasetError
+from saeforge.metrics import Reconstruction, ReconstructionMetrics
+from saeforge.optim import RowAdam
+from saeforge.registry import VARIANTS
+from saeforge.sae import SAE
+from saeforge.schedules import rewarm, warmup_then_decay
+from saeforge.training.readout import ReadOut
+from saeforge.variants import DataStatistics, Resampled, RunSettings, Variant
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run decides about the training of an SAE; None leaves it to the variant's recipe. See `SAEModule`."""
+
+    optimizer: OptimizerCallable | None = None
+    lr: float | None = None
+    max_grad_norm: float | None = None
+    lr_warmup_steps: int | None = None
+    lr_decay_share: float | None = None
+    dead_after_tokens: int | None = None
+    resample_steps: tuple[int, ...] | None = None
+    seed: int = 0
+
+
+class Member(nn.Module):
+    """One SAE and what its training needs.
+
+    Args:
+        variant: the SAE.
+        settings: of its training.
+
+    Attributes:
+        pair: its tensors in the data and where they come from; set by `prepare`.
+        total_variance: of the target, raw units, summed over dimensions.
+        readout: running sums of its figures.
+        latest: the last ones read, for the progress bar.
+
+    Raises:
+        ConfigError: settings that contradict each other or the variant.
+    """
+
+    pair: Pair
+
+    def __init__(self, variant: Variant, settings: Settings) -> None:
+        super().__init__()
+        if settings.optimizer is not None and (settings.lr is not None or settings.max_grad_norm is not None):
+            raise ConfigError("model.lr and model.max_grad_norm belong to RowAdam; set optimizer.init_args.lr instead")
+        share = settings.lr_decay_share
+        if share is not None and not 0 <= share <= 1:
+            raise ConfigError(f"model.lr_decay_share = {share}: expected a share between 0 and 1")
+        if settings.resample_steps and not isinstance(variant, Resampled):
+            raise ConfigError(
+                f"model.resample_steps = {list(settings.resample_steps)}: {type(variant).__name__} has no "
+                "reset_latents_; leave it out, or add that method to the variant"
+            )
+        self.variant, self.settings = variant, settings
+        self.readout = ReadOut()
+        self.total_variance = float("nan")
+        self.latest: dict[str, float] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._base_lrs: list[float] = []
+        self._validation: tuple[SAE, ReconstructionMetrics] | None = None
+
+    # Set-up ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, pair: Pair, statistics: tuple[Statistics, ...], run: RunSettings) -> None:
+        """Binds the SAE to its data and to the run.
+
+        Args:
+            pair: which tensors of the data it learns.
+            statistics: of all tensors of the data.
+            run: settings of the run.
+        """
+        self.pair, self._run = pair, run
+        self._statistics = DataStatistics(statistics[pair.input], statistics[pair.target])
+        self.total_variance = sum(self._statistics.target.variance)
+        self.variant.bind(run)
+        self._schedules = self.variant.schedules(run.total_steps)
+
+    def initialise(self, rows: Rows) -> None:
+        """Sets the weights from a sample of the data.
+
+        Raises:
+            DatasetError: NaN or infinite rows.
+        """
+        batch = self.pair.batch(rows)
+        x = batch.x.float()
+        target = x if batch.target is batch.x else batch.target.float()
+        if not bool(torch.isfinite(x.sum() + target.sum())):
+            raise DatasetError("the training rows hold NaN or infinite activations; `saeforge harvest` them again")
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        self.variant.initialise(self._statistics, x, target, generator)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """RowAdam after the variant's recipe, or the optimizer that was asked for."""
+        groups = self.variant.param_groups()
+        if self.settings.optimizer is None:
+            self.optimizer = RowAdam(groups, **self.optimizer_settings())
+        else:
+            self.optimizer = self.settings.optimizer(groups)
+        self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        return self.optimizer
+
+    # Training ----------------------------------------------------------------------------------------------------
+
+    @property
+    def resample_steps(self) -> tuple[int, ...]:
+        """Steps after which dead latents are resampled."""
+        if self.settings.resample_steps is not None:
+            return self.settings.resample_steps
+        return self.variant.recipe(self._run.total_steps).resample_steps
+
+    def schedule_values(self, step: int) -> dict[str, float]:
+        """All scheduled values of a step: the variant's own, and `lr_factor`."""
+        total, given = self._run.total_steps, self.settings
+        recipe = self.variant.recipe(total)
+        warmup = recipe.warmup_steps if given.lr_warmup_steps is None else given.lr_warmup_steps
+        decay = recipe.decay_steps if given.lr_decay_share is None else round(given.lr_decay_share * total)
+        values = {name: schedule(step) for name, schedule in self._schedules.items()}
+        values["lr_factor"] = warmup_then_decay(step, total, warmup_steps=warmup, decay_steps=decay)
+        values["lr_factor"] *= rewarm(step, self.resample_steps)
+        return values
+
+    def step(self, rows: Rows, step: int) -> Tensor:
+        """Loss of one batch, the sum of the variant's terms; sets the learning rate. Autocast is off around it."""
+        assert self.optimizer is not None
+        values = self.schedule_values(step)
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * values["lr_factor"]
+        out = self.variant.step(self.pair.batch(rows), values)
+        loss = torch.stack([term.float() for term in out.terms.values()]).sum()
+        self.variant.observe(out.code)
+        self.readout.add(loss, out)
+        return loss
+
+    def constrain_(self) -> None:
+        """Restores constraints where the optimizer does not know them."""
+        if self.settings.optimizer is not None:
+            self.variant.constrain_()
+
+    # Validation: the folded SAE on held-out documents, exactly what a user of the SAE will get ---------------------
+
+    def start_validation(self) -> None:
+        """Folds the variant."""
+        sae = self.variant.fold()
+        mean = torch.tensor(self._statistics.target.mean)
+        self._validation = sae, ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, device=sae.device)
+
+    def validate(self, rows: Rows) -> None:
+        """Adds rows to the sums."""
+        assert self._validation is not None
+        sae, metrics = self._validation
+        batch = self.pair.batch(rows)
+        x = batch.x.float()
+        code = sae.encode(x)
+        metrics.update(batch.target.float(), sae.decode(code, x), code)
+
+    def validation_result(self) -> Reconstruction:
+        """Metrics over all ranks; every rank must call it."""
+        assert self._validation is not None
+        metrics = self._validation[1]
+        metrics.reduce(self._run.group)
+        self._validation = None
+        return metrics.compute()
+
+    # What is remembered ------------------------------------------------------------------------------------------
+
+    def optimizer_settings(self) -> dict[str, Any]:
+        """RowAdam's settings: the variant's recipe, overridden by the run's."""
+        recipe, given = self.variant.recipe(self._run.total_steps), self.settings
+        return {
+            "lr": recipe.lr if given.lr is None else given.lr,
+            "betas": recipe.betas,
+            "eps": recipe.eps,
+            "max_grad_norm": recipe.max_grad_norm if given.max_grad_norm is None else given.max_grad_norm,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes it, as plain values."""
+        settings = self.optimizer_settings() if self.settings.optimizer is None else {}
+        return {
+            "name": self.pair.name,
+            "variant": VARIANTS.name_of(type(self.variant)).class_path,
+            "options": {key: _plain(value) for key, value in self.variant.arguments.items()},
+            "optimizer": {
+                "class": "RowAdam" if self.settings.optimizer is None else "custom",
+                **{key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
+            },
+            "resample_steps": list(self.resample_steps),
+            "seed": self.settings.seed,
+        }
+
+    def folded(self, steps: int, tokens: int, precision: str) -> SAE:
+        """The plain SAE as it is now, with its origin: data, variant and its distribution, training."""
+        record = VARIANTS.name_of(type(self.variant))
+        sae = self.variant.fold()
+        sae.meta = {
+            **self.pair.identity,
+            "variant": {
+                "name": record.name,
+                "class_path": record.class_path,
+                "distribution": record.distribution,
+                "version": record.version,
+                "options": self.identity()["options"],
+            },
+            "training": {
+                "steps": steps,
+                "tokens": tokens,
+                "precision": precision,
+                "saeforge": __version__,
+                "torch": torch.__version__,
+            },
+        }
+        return sae
+
+
+def check_identity(saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Compares two identities of a member.
+
+    Raises:
+        CheckpointError: with every difference as `name: checkpoint -> this run`.
+    """
+    if saved["variant"] != given["variant"]:
+        raise CheckpointError(
+            f"the checkpoint holds variant {saved['variant']}, this run asks for {given['variant']}; "
+            "resume with the same variant, or start a new --run"
+        )
+    differences = []
+    for part in ("options", "optimizer"):
+        for name in sorted(saved[part].keys() | given[part].keys()):
+            before, now = saved[part].get(name), given[part].get(name)
+            if before != now:
+                differences.append(f"{name}: {before} -> {now}")
+    for name in ("name", "resample_steps", "seed"):
+        if saved.get(name) != given[name]:
+            differences.append(f"{name}: {saved.get(name)} -> {given[name]}")
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint was trained with other settings ({'; '.join(differences)}); "
+            "resume with the same ones, or start a new --run"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
