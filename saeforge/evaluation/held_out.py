@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ class HeldOutTexts:
     Contexts come in their stored order, which is a seeded shuffle: the first ones are a random sample.
 
     Args:
-        root: the dataset's folder. manifest: its manifest.
+        root: the dataset's folder or URL. manifest: its manifest.
         split: "validation" or "train".
         budget: predictions to score; the context that reaches it is used whole.
 
@@ -62,17 +61,17 @@ class HeldOutTexts:
         DatasetError: the texts are damaged or lost.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, split: str, *, budget: int) -> None:
+    def __init__(self, root: str | Path, manifest: Manifest, split: str, *, budget: int) -> None:
         if not manifest.packing or split not in manifest.packing["splits"]:
             raise ConfigError(f"{root} holds activations without their texts; harvest with `saeforge harvest`")
-        self.contexts = open_stored(root, manifest.packing, [split])[split]
+        stored = open_stored(root, manifest.packing, [split])
+        self.contexts = stored.contexts[split]
         self.n_all = len(self.contexts)
         self.n_contexts, self.tokens = self._within(budget)
         if self.tokens == 0:
             raise ConfigError(f"the {split} texts of {root} hold no two kept tokens side by side; nothing to predict")
         self.longest = int(np.diff(self.contexts.offsets[: self.n_contexts + 1]).max())
-        with (root / "tokens" / "documents.jsonl").open(encoding="utf-8") as file:
-            self.documents: dict[int, dict[str, Any]] = {line["id"]: line for line in map(json.loads, file)}
+        self.documents: dict[int, dict[str, Any]] = {record["id"]: record for record in stored.documents}
 
     def batches(self, contexts_at_once: int) -> Iterator[ScoredBatch]:
         """Yield the contexts in batches."""

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,7 +133,7 @@ class ShardRows(RowSource):
     """Rows of a dataset that `saeforge harvest` made.
 
     Args:
-        path: the dataset.
+        path: the dataset's folder or URL.
         site: id of the site.
         split: "train", "validation" or "all".
         max_tokens: read at most so many rows, in whole blocks, at least one.
@@ -180,8 +178,11 @@ class ShardRows(RowSource):
             self._units[-1].append(block)
             filled += size
         self.units = len(self._units)
-        self.tokens = _stored_tokens(open_stored(Path(path), packing, splits), packing)
-        self.documents = _read_documents(Path(path) / "tokens" / "documents.jsonl", splits)
+        stored = open_stored(path, packing, splits)
+        self.tokens = _stored_tokens(stored.contexts, packing)
+        self.documents = [
+            DocumentRecord(r["id"], r["name"], r["label"], r["split"]) for r in stored.documents if r["split"] in splits
+        ]
         manifest = self.dataset.manifest
         name = origin.model if origin else str(manifest.model.get("name"))
         self.tokenizer = load_tokenizer(name, manifest.model.get("revision"))
@@ -289,12 +290,6 @@ def _open_documents(text: str) -> list[Document]:
         source = open_text(text)
         documents = [source[i] for i in range(len(source))]
     return [document for document in documents if document.text.strip()]
-
-
-def _read_documents(path: Path, splits: Sequence[str]) -> list[DocumentRecord]:
-    with path.open(encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    return [DocumentRecord(r["id"], r["name"], r["label"], r["split"]) for r in records if r["split"] in splits]
 
 
 def _stored_tokens(contexts: dict[str, Contexts], packing: dict[str, Any]) -> StoredTokens:

@@ -8,6 +8,7 @@ context starts. Contexts stand in their final, shuffled order.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from saeforge.data.storage import hash_file, open_storage
 from saeforge.data.tario import npy_header
-from saeforge.errors import DatasetError
 from saeforge.lm.capture import TokenBatch
 from saeforge.lm.tokens import Segment
 
@@ -108,12 +109,6 @@ def _save(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclass(frozen=True)
 class ContextBatch:
     """A batch of contexts and where its kept tokens stand.
@@ -181,23 +176,34 @@ class Contexts:
         )
 
 
-def open_stored(root: Path, packing: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Contexts]:
-    """Open the contexts of a finished dataset, by split, after a look at their checksums and that of documents.jsonl.
+@dataclass(frozen=True)
+class StoredText:
+    """The text of a finished dataset: packed contexts by split, and a record (id, name, label, split) of each document."""
+
+    contexts: dict[str, Contexts]
+    documents: list[dict[str, Any]]
+
+
+def open_stored(root: str | Path, packing: Mapping[str, Any], splits: Sequence[str]) -> StoredText:
+    """Open the stored tokens of a finished dataset, after a look at the checksums of their files.
+
+    Those of a URL are downloaded, once if there is a cache.
 
     Args:
-        root: the dataset's folder.
+        root: the dataset's folder or URL.
         packing: `packing` of its manifest.
-        splits: which.
+        splits: whose contexts.
 
     Raises:
         DatasetError: a file is missing or damaged.
     """
-    folder = root / "tokens"
-    for name, sha256 in packing["files"].items():
-        if name == "documents.jsonl" or name.split(".")[0] in splits:
-            if not (folder / name).is_file():
-                raise DatasetError(f"{folder / name} is missing; restore it, or harvest again")
-            if hash_file(folder / name) != sha256:
-                raise DatasetError(f"{folder / name} is damaged; restore it, or harvest again")
+    wanted = {
+        name: sha256
+        for name, sha256 in packing["files"].items()
+        if name == "documents.jsonl" or name.split(".")[0] in splits
+    }
     pad = packing["special_tokens"]["pad"]
-    return {split: Contexts(folder, split, packed=packing["packed"], pad=pad) for split in splits}
+    with open_storage(root).local_files("tokens", wanted) as folder:
+        contexts = {split: Contexts(folder, split, packed=packing["packed"], pad=pad) for split in splits}
+        with (folder / "documents.jsonl").open(encoding="utf-8") as file:
+            return StoredText(contexts, [json.loads(line) for line in file])
