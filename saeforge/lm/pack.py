@@ -178,7 +178,7 @@ class Contexts:
 
 @dataclass(frozen=True)
 class StoredText:
-    """The text of a finished dataset: packed contexts by split, and a record (id, name, label, split) of each document."""
+    """The text of a finished dataset: contexts by split, and a record (id, name, label, split) of each document."""
 
     contexts: dict[str, Contexts]
     documents: list[dict[str, Any]]
