@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -210,49 +209,27 @@ def test_seed_changes_order_and_choice(home: Path, datasets: dict[str, Path], tm
     assert [d["name"] for d in documents_of(tmp_path / "other")] != [d["name"] for d in documents_of(datasets["llama"])]
 
 
-KILLED = """
-import os, signal, sys
-from saeforge.data.writer import DatasetWriter
-from saeforge.harvest import harvest
-real, left = DatasetWriter.write_bucket, [{after}]
-def write_bucket(self, split, bucket, activations, rows):
-    if left[0] == 0:  # in the middle of a bucket: one family written, no record
-        from saeforge.data import tario
-        self._write_family(self.sites[0].folder, "acts", split, bucket, activations[self.sites[0].id].numpy())
-        (self.root / "rows" / "train-000000.tar.part-1").write_bytes(b"half a shard")
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    real(self, split, bucket, activations, rows)
-DatasetWriter.write_bucket = write_bucket
-harvest(**{options})
-"""
-
-
-def test_a_killed_harvest_goes_on_and_ends_in_the_same_bytes(
+def test_a_restart_makes_only_what_is_missing(
     home: Path, datasets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = options(home, "llama", tmp_path / "killed")
-    code = KILLED.replace("{after}", "5").replace("{options}", repr(given))
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ONE_THREAD)
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    assert not (tmp_path / "killed" / "manifest.json").exists()
+    shutil.copytree(datasets["llama"], tmp_path / "half")
+    (tmp_path / "half" / "manifest.json").unlink()
     with pytest.raises(DatasetError, match="an interrupted harvest goes on with the same command"):
-        ActivationDataset.open(tmp_path / "killed")
-    forwards = []
-    original = run.make_bucket
+        ActivationDataset.open(tmp_path / "half")
+    records = sorted((tmp_path / "half" / "index").iterdir())
+    for record in records[3:7]:
+        record.unlink()
+    made = []
+    original = run.make_rows
 
-    def make_bucket(*args: Any) -> Any:
-        forwards.append(args[3:5])
-        return original(*args)
+    def make_rows(*args: Any, **options: Any) -> Any:
+        made.append(args[2:4])
+        return original(*args, **options)
 
-    monkeypatch.setattr(run, "make_bucket", make_bucket)
-    harvest(**given)
-    whole, resumed = files_of(datasets["llama"]), files_of(tmp_path / "killed")
-    buckets = [name for name in whole if name.startswith("index/")]
-    assert len(forwards) == len(buckets) - 5
-    assert whole.keys() == resumed.keys()
-    # The card counts the runs.
-    assert [name for name in whole if whole[name] != resumed[name] and name != "dataset.json"] == []
+    monkeypatch.setattr(run, "make_rows", make_rows)
+    harvest(**options(home, "llama", tmp_path / "half"))
+    assert len(made) == 4
+    assert files_of(tmp_path / "half") == files_of(datasets["llama"])
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(
@@ -260,10 +237,10 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
 ) -> None:
     from saeforge.cli import harvest as command
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "make_bucket", interrupted)
+    monkeypatch.setattr(run, "make_rows", interrupted)
     assert (
         command.run(
             [

@@ -118,6 +118,8 @@ class Manifest:
         sites: the harvested sites, row-aligned with each other and with `rows`.
         rows: shards of the provenance table by split.
         alignment_sha256: equal for datasets whose rows are the same tokens in the same order.
+        outliers: which norms were too large: `max_norm`, the pilot sample, and per site its median, threshold and the
+            rows over it; empty where none were left out.
     """
 
     saeforge_version: str
@@ -132,6 +134,7 @@ class Manifest:
     text: dict[str, Any] = field(default_factory=dict)
     packing: dict[str, Any] = field(default_factory=dict)
     shuffle: dict[str, Any] = field(default_factory=dict)
+    outliers: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     compatibility: str = COMPATIBILITY
@@ -156,6 +159,13 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain JSON values, with blocks as `[offset, nbytes, rows, crc32]`."""
         data = dataclasses.asdict(self)
+        # Later additions are left out where they say nothing, so that older manifests keep their fingerprint.
+        additions = [(data, "outliers")]
+        additions += [(split, "outlier_rows") for split in data["splits"].values()]
+        additions += [(site["statistics"], "norm_histogram") for site in data["sites"]]
+        for holder, key in additions:
+            if holder[key] in (None, 0, {}):
+                del holder[key]
         for family in [*(site["shards"] for site in data["sites"]), data["rows"]]:
             for split, shards in family.items():
                 family[split] = [shard_to_json(shard) for shard in shards]

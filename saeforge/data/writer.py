@@ -259,8 +259,9 @@ class DatasetWriter:
         """Merge the commit records into `manifest.json`, written last, and return it.
 
         Args:
-            provenance: the remaining fields of `Manifest` (model, tokenizer, versions, text, packing, shuffle).
-                `alignment_sha256`, if not given, is taken from the tokens' files and the stored provenance.
+            provenance: the remaining fields of `Manifest` (model, tokenizer, versions, text, packing, shuffle,
+                outliers). `alignment_sha256`, if not given, is taken from the tokens' files and the stored provenance;
+                `outliers` gets the rows over each site's threshold.
 
         Raises:
             DatasetError: a bucket is missing, or no training row is left.
@@ -269,6 +270,7 @@ class DatasetWriter:
             name: {split: [] for split in self.splits} for name in (ROWS_FOLDER, *(site.id for site in self.sites))
         }
         moments = {site.id: Moments.empty(site.d) for site in self.sites}
+        over = {site.id: 0 for site in self.sites}
         stored, outliers = dict.fromkeys(self.splits, 0), dict.fromkeys(self.splits, 0)
         for split, bucket in self.buckets():
             record = self._record(split, bucket)
@@ -278,6 +280,8 @@ class DatasetWriter:
                 shards[name][split] += [shard_from_json(item) for item in items]
             stored[split] += record["stored_rows"]
             outliers[split] += record["outlier_rows"]
+            for name, count in record["outliers"].items():
+                over[name] += count
             if split == "train":
                 moments = {
                     key: total.merge(Moments.from_json(record["moments"][key])) for key, total in moments.items()
@@ -303,6 +307,9 @@ class DatasetWriter:
             )
             for name, plan in self.splits.items()
         }
+        if provenance.get("outliers"):
+            thresholds = {name: {**site, "rows": over[name]} for name, site in provenance["outliers"]["sites"].items()}
+            provenance["outliers"] = {**provenance["outliers"], "sites": thresholds}
         if "alignment_sha256" not in provenance:
             files = provenance.get("packing", {}).get("files")
             order = {split: [shard.sha256 for shard in items] for split, items in frozen[ROWS_FOLDER].items()}

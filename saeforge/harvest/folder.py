@@ -1,4 +1,9 @@
-"""The folder of a dataset while it is made: its card, who works in it, and what a restart finds."""
+"""The folder of a dataset while it is made: its card, who works in it, and what a restart finds.
+
+Several processes may work in one folder, on one host or many. Each holds a share of `.lock` for as long as it harvests
+(so that nobody replaces the dataset under it), `.claims/alone` while it prepares, edits the card or writes the
+manifest, and `.claims/<split>-<bucket>` while it makes a bucket.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,20 @@ import fcntl
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from saeforge.data.manifest import sha256_json, write_json
 from saeforge.errors import ConfigError, DatasetError
+from saeforge.harvest.locks import take
 
 CARD = "dataset.json"
+LOCK = ".lock"
+CLAIMS = ".claims"
+PATIENCE = 1.0
 
 
 class DatasetFolder:
@@ -27,6 +38,9 @@ class DatasetFolder:
     Attributes:
         card: JSON values; `plan`, `model`, `tokenizer` and `runs` are added by the harvest.
         sha256: of the identity.
+
+    Raises:
+        ConfigError: the folder holds other files, or is a file.
     """
 
     def __init__(self, root: Path, identity: dict[str, Any]) -> None:
@@ -34,35 +48,59 @@ class DatasetFolder:
         self.identity = identity
         self.sha256 = sha256_json(identity)
         self.card: dict[str, Any] = {}
+        self._fresh = False
+        self._refuse_strangers()
 
     @contextlib.contextmanager
-    def claim(self, *, overwrite: bool) -> Iterator[None]:
-        """Lock the folder, read or write its card, and hold it for the length of the harvest.
+    def alone(self) -> Iterator[None]:
+        """Be the only process that prepares, edits the card or writes the manifest; wait while another one is."""
+        descriptor = self._wait_to_be_alone()
+        try:
+            yield
+        except Exception:
+            if self._fresh and "plan" not in self.card:  # nothing came of it: leave no trace of a mistyped command
+                shutil.rmtree(self.root, ignore_errors=True)  # another process may just be coming in
+            raise
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def joined(self, *, overwrite: bool) -> Iterator[None]:
+        """Read or write the card, and hold a share of the folder. To be entered alone.
 
         Args:
             overwrite: remove a dataset of other options.
 
         Raises:
-            ConfigError: another dataset or other files are in the way.
-            DatasetError: another process is at work here.
+            ConfigError: another dataset is in the way.
+            DatasetError: other processes are at work on it.
         """
-        self._refuse_strangers()
-        fresh = not self.root.exists()
-        self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        sole = take(self.root / LOCK)
+        descriptor = take(self.root / LOCK, shared=True) if sole is None else sole
+        if descriptor is None:
+            raise self._busy()
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DatasetError(
-                    f"another harvest is writing to {self.root}; wait for it or choose another --out"
-                ) from error
-            self._read_card(overwrite=overwrite)
+            self._read_card(overwrite=overwrite, sole=sole is not None)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # nobody can take it in between, as nobody else is here
             yield
-        except Exception:
-            if fresh and "plan" not in self.card:  # nothing came of it: leave no trace of a mistyped command
-                shutil.rmtree(self.root)
-            raise
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def claim(self, split: str, bucket: int) -> Iterator[bool]:
+        """Be the only process that makes a bucket; whoever gets its claim must look whether it is there already.
+
+        Yields:
+            Whether this process has the claim, or another one that is alive.
+        """
+        path = self.root / CLAIMS / f"{split}-{bucket:06d}"
+        descriptor = take(path)
+        if descriptor is None:
+            yield False
+            return
+        try:
+            yield True
+            path.unlink(missing_ok=True)  # from now on the record speaks for the bucket
         finally:
             os.close(descriptor)
 
@@ -71,21 +109,52 @@ class DatasetFolder:
         self.card["status"] = status
         write_json(self.root / CARD, self.card)
 
-    def mixed_versions(self) -> list[dict[str, str]]:
-        """Return the versions of earlier runs that differ from the last one's."""
-        runs = self.card["runs"]
-        return [run for number, run in enumerate(runs[:-1]) if run != runs[-1] and run not in runs[:number]]
+    def reread(self) -> None:
+        """Read the card again, which other processes may have edited."""
+        self.card = json.loads((self.root / CARD).read_bytes())
+
+    def register(self, versions: dict[str, str]) -> None:
+        """Add this run's versions to the card: `runs` holds each set of versions once, that of the last run last."""
+        self.card["runs"] = [*(run for run in self.card.get("runs", []) if run != versions), versions]
+
+    def remove_parts(self) -> None:
+        """Remove what a killed process left of files that are written alone."""
+        for folder in (self.root, self.root / "tokens"):
+            for stale in folder.glob("*.part-*"):
+                stale.unlink(missing_ok=True)
 
     def _refuse_strangers(self) -> None:
         """Never write among files that no harvest made."""
         if self.root.is_dir() and not (self.root / CARD).exists():
-            others = sorted(path.name for path in self.root.iterdir() if path.name != ".lock")
+            others = sorted(path.name for path in self.root.iterdir() if path.name not in (LOCK, CLAIMS))
             if others and not all(name.startswith(f"{CARD}.part-") for name in others):
                 raise ConfigError(f"{self.root} holds other files ({others[0]}) and no dataset; choose another --out")
         elif self.root.exists() and not self.root.is_dir():
             raise ConfigError(f"{self.root} is a file; choose a folder as --out")
 
-    def _read_card(self, *, overwrite: bool) -> None:
+    def _wait_to_be_alone(self) -> int:
+        """Return the descriptor of the lock, in a folder that is there."""
+        patient_until = time.monotonic() + PATIENCE
+        said = False
+        while True:
+            self._fresh = not self.root.exists()
+            try:
+                (self.root / CLAIMS).mkdir(parents=True, exist_ok=True)
+                descriptor = take(self.root / CLAIMS / "alone", wait=said)
+            except FileNotFoundError:
+                continue  # who made the folder failed, and removed it
+            if descriptor is not None:
+                return descriptor
+            if time.monotonic() < patient_until:  # most of what is done alone is done at once
+                time.sleep(0.05)
+                continue
+            print(f"harvest: waiting for the process that prepares {self.root}", file=sys.stderr, flush=True)
+            said = True
+
+    def _busy(self) -> DatasetError:
+        return DatasetError(f"another harvest is writing to {self.root}; wait for it or choose another --out")
+
+    def _read_card(self, *, overwrite: bool, sole: bool) -> None:
         path = self.root / CARD
         if path.exists():
             try:
@@ -104,6 +173,8 @@ class DatasetFolder:
                     f"{self.root} holds a dataset made with other options ({', '.join(different)} differ); "
                     "give --overwrite true to replace it, or another --out"
                 )
+            if not sole:
+                raise self._busy()
             self._remove(found)
         self.card = {"format": "saeforge-acts", "config": self.identity, "config_sha256": self.sha256}
         self.save("harvesting")

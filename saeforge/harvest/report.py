@@ -19,11 +19,13 @@ def summary(manifest: Manifest, root: Path) -> str:
     ]
     if counts["kept_tokens"] < manifest.text["n_tokens"]:
         lines.append(f"            the text ran out before n_tokens = {manifest.text['n_tokens']:,}")
+    if counts.get("ungrouped"):
+        lines.append(f"            {counts['ungrouped']:,} tokens filled no group of {manifest.shuffle['group_rows']}")
     for name, split in manifest.splits.items():
         rows = split.n_blocks * split.block_rows
         lines.append(
             f"{name:<11} {rows:,} rows in {split.n_blocks:,} blocks of {split.block_rows:,} "
-            f"({split.dropped_rows:,} left over)"
+            f"({split.dropped_rows:,} left over, {split.outlier_rows:,} outliers)"
         )
     for site in manifest.sites:
         size = sum(shard.nbytes for shards in site.shards.values() for shard in shards)

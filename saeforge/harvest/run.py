@@ -1,136 +1,153 @@
-"""Second half of a harvest: forward passes, buckets, manifest; and what a restart does.
+"""Second half of a harvest: forward passes, buckets, manifest; what a restart does, and several processes at once.
 
-A bucket is a pure function of the stored tokens, its index, and the recorded batch shape and precision: batches are
-aligned to the whole split, never to a bucket, so that any bucket can be made alone, in any order, at any time.
+A bucket is a pure function of the stored tokens, its index, and the recorded batch shape and precision. So it does not
+matter which process makes it, nor when, nor how often: processes claim buckets, none waits for another until the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from saeforge import __version__
-from saeforge.data.manifest import Manifest, sha256_json
+from saeforge.data.manifest import Manifest
 from saeforge.data.shards import DTYPES, ROW_FIELDS
 from saeforge.data.tario import no_space
 from saeforge.data.writer import DatasetWriter, SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
-from saeforge.errors import ConfigError, DatasetError, SaeforgeError
+from saeforge.errors import ConfigError, SaeforgeError
+from saeforge.harvest.buckets import make_rows
 from saeforge.harvest.config import HarvestConfig
 from saeforge.harvest.folder import DatasetFolder, available_memory
+from saeforge.harvest.outliers import measure_pilot
 from saeforge.harvest.prepare import Prepared, open_prepared, prepare
 from saeforge.harvest.progress import HarvestProgress
+from saeforge.harvest.ranks import Rank
 from saeforge.harvest.report import summary
 from saeforge.lm.capture import Capture
 from saeforge.lm.device import resolve_device
 from saeforge.lm.isolation import probe_isolation
 from saeforge.lm.load import LoadedModel, load_model, load_tokenizer, tokenizer_card, versions
-from saeforge.lm.pack import Contexts
 from saeforge.lm.tokens import choose_context_length, find_specials
 
 MAX_BUCKET_ROWS = 2**20
 MIN_BUCKET_ROWS = 2**12
 ROW_PROVENANCE_BYTES = 4 * len(ROW_FIELDS)
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def run_harvest(config: HarvestConfig) -> Manifest:
     """Harvest, or continue, or say that it is finished. See `saeforge.harvest.harvest`."""
-    device = resolve_device(config.device)
+    rank = Rank.here()
+    device = rank.device(config.device, resolve_device(config.device), torch.cuda.device_count())
     identity = {**config.identity(), "device": torch.device(device).type}
     folder = DatasetFolder(Path(config.out), identity)
     try:
-        with folder.claim(overwrite=config.overwrite):
-            finished = _finished(folder)
-            if finished is not None:
-                print(f"already finished: {folder.root}\n{summary(finished, folder.root)}")
-                return finished
-            manifest = _harvest(folder, config, device)
+        manifest, news = _run(folder, config, rank, device)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise no_space(folder.root, 0) from error
         raise
-    print(summary(manifest, folder.root))
+    if rank.number == 0:
+        print(("" if news else f"already finished: {folder.root}\n") + summary(manifest, folder.root))
     return manifest
 
 
+def _run(folder: DatasetFolder, config: HarvestConfig, rank: Rank, device: str) -> tuple[Manifest, bool]:
+    """Return the manifest, and whether anything was left to do."""
+    model: _Model | None = None
+    with contextlib.ExitStack() as stack:
+        with folder.alone():
+            stack.enter_context(folder.joined(overwrite=config.overwrite))
+            folder.remove_parts()
+            finished = _finished(folder)
+            if finished is not None:
+                return finished, False
+            if "plan" not in folder.card:
+                model = _Model.load(config, device)
+                _prepare(folder, config, model, rank)
+        model = model or _Model.load(config, device)
+        with folder.alone():
+            folder.reread()
+            _register(folder, model)
+        prepared = open_prepared(folder.root / "tokens")
+        assert prepared is not None, "the plan is recorded after the tokens"
+        _fill(folder, config, model, prepared, rank)
+        with folder.alone():
+            folder.reread()
+            return _finished(folder) or _finish(folder, config, model, prepared, device), True
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is loaded to make rows, and what the card says of it."""
+
+    loaded: LoadedModel
+    tokenizer: Any
+    tokenizer_card: dict[str, Any]
+
+    @classmethod
+    def load(cls, config: HarvestConfig, device: str) -> _Model:
+        tokenizer = load_tokenizer(config.model, config.revision)
+        loaded = load_model(
+            config.model, config.sites, revision=config.revision, dtype=config.model_dtype, device=device
+        )
+        return cls(loaded, tokenizer, tokenizer_card(tokenizer))
+
+
 def _finished(folder: DatasetFolder) -> Manifest | None:
-    """Return the manifest of a dataset that lacks nothing."""
-    if not (folder.root / "manifest.json").is_file() or "plan" not in folder.card:
+    """Return the manifest of a dataset that lacks nothing. To be called alone."""
+    path = folder.root / "manifest.json"
+    if not path.is_file() or "plan" not in folder.card or _writer(folder).missing_buckets():
         return None
-    if _writer(folder).missing_buckets():
-        return None
-    return Manifest.load(folder.root / "manifest.json")
+    manifest = Manifest.load(path)
+    if folder.card["status"] != "finished":  # killed between the two
+        folder.save("finished")
+    return manifest
 
 
-def _harvest(folder: DatasetFolder, config: HarvestConfig, device: str) -> Manifest:
-    """Do what is left to do."""
-    tokenizer = load_tokenizer(config.model, config.revision)
-    loaded = load_model(config.model, config.sites, revision=config.revision, dtype=config.model_dtype, device=device)
-    tokenizer_says = tokenizer_card(tokenizer)
-    for name, now in (("model", loaded.card), ("tokenizer", tokenizer_says)):
-        if folder.card.setdefault(name, now) != now:
-            raise ConfigError(f"the {name} changed since {folder.root} was begun; give --overwrite or another --out")
-    context_length = choose_context_length(config.context_length, loaded.context_limit, tokenizer)
-    with Capture(loaded.model, loaded.sites) as capture:
-        tokens = folder.root / "tokens"
-        tokens.mkdir(exist_ok=True)
+def _prepare(folder: DatasetFolder, config: HarvestConfig, model: _Model, rank: Rank) -> None:
+    """Store tokens and decide what depends on them and on the model: all processes find it in the card."""
+    context_length = choose_context_length(config.context_length, model.loaded.context_limit, model.tokenizer)
+    tokens = folder.root / "tokens"
+    tokens.mkdir(exist_ok=True)
+    with Capture(model.loaded.model, model.loaded.sites) as capture:
         prepared = open_prepared(tokens) or prepare(
             tokens,
             config,
             context_length,
-            tokenizer,
-            find_specials(tokenizer),
+            model.tokenizer,
+            find_specials(model.tokenizer),
             lambda segments: probe_isolation(capture, segments),
         )
-        if "plan" not in folder.card:
-            folder.card["plan"] = _plan(config, loaded, capture, prepared)
-            folder.card["folders"] = [site["id"].replace(":", ".") for site in folder.card["plan"]["sites"]]
-        folder.card["runs"] = [*folder.card.get("runs", []), {"saeforge": __version__, **versions()}]
-        folder.save("harvesting")
-        writer = _writer(folder)
-        missing = writer.missing_buckets()
-        _check_disk(folder.root, writer, missing)
-        rows = {key: int(np.diff(writer.bucket_range(*key))[0]) for key in writer.buckets()}
-        with HarvestProgress(sum(rows.values()), sum(rows.values()) - sum(rows[key] for key in missing)) as progress:
-            for split, bucket in missing:
-                contexts = prepared.contexts[split]
-                data, provenance = make_bucket(
-                    capture, contexts, writer, split, bucket, config.batch_contexts, config.seed, progress
-                )
-                writer.write_bucket(split, bucket, data, provenance)
-    plan = folder.card["plan"]
-    shuffle = {"seed": config.seed, "bucket_rows": plan["bucket_rows"], "generator": "numpy-philox"}
-    manifest = writer.finish(
-        alignment_sha256=sha256_json([prepared.record["files"], plan["splits"], shuffle]),
-        model={**loaded.card, "batch_contexts": config.batch_contexts, "device": torch.device(device).type},
-        tokenizer=tokenizer_says,
-        versions=folder.card["runs"][-1] | {"resumed": folder.mixed_versions()},
-        text={"source": config.text, "n_tokens": config.n_tokens, "document_tokens": config.document_tokens},
-        packing=prepared.record,
-        shuffle=shuffle,
-    )
-    folder.save("finished")
-    return manifest
+        plan = _plan(config, model.loaded, capture, prepared, rank)
+        if config.max_norm is not None:
+            plan["outliers"] = measure_pilot(
+                capture,
+                prepared.contexts["train"],
+                {site.id: DTYPES[config.store_dtype] for site in model.loaded.sites},
+                batch_contexts=config.batch_contexts,
+                max_norm=config.max_norm,
+            )
+    folder.card |= {
+        "model": model.loaded.card,
+        "tokenizer": model.tokenizer_card,
+        "plan": plan,
+        "folders": [site["id"].replace(":", ".") for site in plan["sites"]],
+    }
+    folder.save("harvesting")
 
 
-def _writer(folder: DatasetFolder) -> DatasetWriter:
-    """Return the writer of the recorded plan."""
-    plan = folder.card["plan"]
-    return DatasetWriter(
-        folder.root,
-        [SiteSpec(**site) for site in plan["sites"]],
-        {name: SplitPlan(**split) for name, split in plan["splits"].items()},
-        bucket_rows=plan["bucket_rows"],
-        config_sha256=folder.sha256,
-    )
-
-
-def _plan(config: HarvestConfig, loaded: LoadedModel, capture: Capture, prepared: Prepared) -> dict[str, Any]:
+def _plan(
+    config: HarvestConfig, loaded: LoadedModel, capture: Capture, prepared: Prepared, rank: Rank
+) -> dict[str, Any]:
     """Decide widths, block rows and bucket rows; recorded once, so that a restart does not decide anew."""
     first = next(iter(prepared.contexts.values())).batch(0, 1)
     widths = {name: x.shape[-1] for name, x in capture(first.batch).items()}
@@ -146,7 +163,7 @@ def _plan(config: HarvestConfig, loaded: LoadedModel, capture: Capture, prepared
     if config.bucket_rows is None:
         needed = 1 << (max(kept.values()) - 1).bit_length()
         row_bytes = sum(site.row_bytes for site in sites) + ROW_PROVENANCE_BYTES
-        fitting = available_memory() // 4 // row_bytes
+        fitting = available_memory() // (4 * rank.local_world) // row_bytes
         affordable = 1 << max(fitting.bit_length() - 1, 0)
         bucket_rows = max(min(MAX_BUCKET_ROWS, needed, max(affordable, MIN_BUCKET_ROWS)), largest_block)
     elif config.bucket_rows < largest_block:
@@ -160,59 +177,112 @@ def _plan(config: HarvestConfig, loaded: LoadedModel, capture: Capture, prepared
     }
 
 
-def make_bucket(
-    capture: Capture,
-    contexts: Contexts,
+def _register(folder: DatasetFolder, model: _Model) -> None:
+    """Check that this process has the model that the dataset was begun with, and write down its versions."""
+    for name, now in (("model", model.loaded.card), ("tokenizer", model.tokenizer_card)):
+        if folder.card[name] != now:
+            raise ConfigError(f"the {name} changed since {folder.root} was begun; give --overwrite or another --out")
+    folder.register({"saeforge": __version__, **versions()})
+    folder.save("harvesting")
+
+
+def _writer(folder: DatasetFolder) -> DatasetWriter:
+    """Return the writer of the recorded plan."""
+    plan = folder.card["plan"]
+    return DatasetWriter(
+        folder.root,
+        [SiteSpec(**site) for site in plan["sites"]],
+        {name: SplitPlan(**split) for name, split in plan["splits"].items()},
+        bucket_rows=plan["bucket_rows"],
+        config_sha256=folder.sha256,
+    )
+
+
+def _fill(folder: DatasetFolder, config: HarvestConfig, model: _Model, prepared: Prepared, rank: Rank) -> None:
+    """Make buckets until all are there: first those of this rank, then what nobody makes; wait for the rest."""
+    writer = _writer(folder)
+    _check_disk(folder.root, writer, writer.missing_buckets())
+    rows = sum(stop - start for start, stop in (writer.bucket_range(*key) for key in writer.buckets()))
+    left = rank.own_first(list(writer.buckets()))
+    said = False
+    with (
+        Capture(model.loaded.model, model.loaded.sites) as capture,
+        HarvestProgress(rows, writer.committed_rows, silent=rank.number > 0) as progress,
+    ):
+        while left:
+            elsewhere = [key for key in left if not _attempt(folder, config, writer, prepared, capture, progress, *key)]
+            if len(elsewhere) == len(left):  # all of them are being made by live processes
+                if not said and rank.number == 0:
+                    progress.say(f"waiting for other processes to finish {len(left)} buckets of {folder.root}")
+                said = True
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                progress.show()
+            left = elsewhere
+
+
+def _attempt(
+    folder: DatasetFolder,
+    config: HarvestConfig,
     writer: DatasetWriter,
+    prepared: Prepared,
+    capture: Capture,
+    progress: HarvestProgress,
     split: str,
     bucket: int,
-    batch_contexts: int,
-    seed: int,
-    progress: HarvestProgress,
-) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    """Run the model over the contexts of one bucket.
+) -> bool:
+    """Make a bucket unless it is there; False if another process is making it."""
+    if writer.has_bucket(split, bucket):
+        return True
+    with folder.claim(split, bucket) as mine:
+        if not mine:
+            return False
+        if writer.has_bucket(split, bucket):  # committed between the look and the claim
+            return True
+        start, stop = writer.bucket_range(split, bucket)
+        outliers = folder.card["plan"].get("outliers")
+        made = make_rows(
+            capture,
+            prepared.contexts[split],
+            start,
+            stop,
+            bucket_permutation(config.seed, split, bucket, stop - start, config.group_rows),
+            {site.id: DTYPES[site.dtype] for site in writer.sites},
+            batch_contexts=config.batch_contexts,
+            thresholds={name: site["threshold"] for name, site in outliers["sites"].items()} if outliers else None,
+            group_rows=config.group_rows,
+            progress=progress.add,
+        )
+        writer.write_bucket(
+            split, bucket, made.data, made.provenance, outlier_rows=made.dropped, outliers=made.outliers
+        )
+    progress.bucket_done()
+    return True
 
-    Returns:
-        Per site (rows, d) in the stored dtype, and uint32 (rows, 4) provenance, both in the bucket's permuted order.
 
-    Raises:
-        DatasetError: an activation is NaN or infinite; names site, document and position.
-    """
-    start, stop = writer.bucket_range(split, bucket)
-    place = np.empty(stop - start, dtype=np.int64)  # place[kept row] = stored row
-    place[bucket_permutation(seed, split, bucket, stop - start)] = np.arange(stop - start)
-    data = {site.id: torch.empty(stop - start, site.d, dtype=DTYPES[site.dtype]) for site in writer.sites}
-    provenance = np.empty((stop - start, len(ROW_FIELDS)), dtype=np.uint32)
-    kept_before = contexts.kept_before
-    first = int(np.searchsorted(kept_before, start, side="right")) - 1
-    last = int(np.searchsorted(kept_before, stop, side="left"))
-    for at in range(first // batch_contexts * batch_contexts, last, batch_contexts):
-        end = min(at + batch_contexts, len(contexts))
-        batch = contexts.batch(at, end)
-        low, high = max(start, int(kept_before[at])), min(stop, int(kept_before[end]))
-        mine = slice(low - int(kept_before[at]), high - int(kept_before[at]))
-        target = place[low - start : high - start]
-        rows = batch.rows[mine]
-        provenance[target] = rows
-        activations = capture(batch.batch)
-        for site in writer.sites:
-            x = activations[site.id].flatten(0, 1)
-            x = x.index_select(0, batch.kept[mine].to(x.device)).to(DTYPES[site.dtype])
-            finite = torch.isfinite(x).all(dim=1)
-            if not bool(finite.all()):
-                document, position = rows[int((~finite).nonzero()[0])][:2]
-                raise DatasetError(
-                    f"{site.id}: NaN or infinite activation in document {document} at token {position} (see "
-                    "tokens/documents.jsonl); try --model_dtype float32, or leave that document out"
-                )
-            data[site.id].index_copy_(0, torch.from_numpy(target), x.cpu())
-        progress.add(high - low)
-    return data, provenance
+def _finish(folder: DatasetFolder, config: HarvestConfig, model: _Model, prepared: Prepared, device: str) -> Manifest:
+    """Write the manifest, from nothing but the records and the card. To be called alone."""
+    plan, runs = folder.card["plan"], folder.card["runs"]
+    manifest = _writer(folder).finish(
+        model={**model.loaded.card, "batch_contexts": config.batch_contexts, "device": torch.device(device).type},
+        tokenizer=model.tokenizer_card,
+        versions=runs[-1] | {"resumed": runs[:-1]},
+        text={"source": config.text, "n_tokens": config.n_tokens, "document_tokens": config.document_tokens},
+        packing=prepared.record,
+        shuffle={
+            "seed": config.seed,
+            "bucket_rows": plan["bucket_rows"],
+            "group_rows": config.group_rows,
+            "generator": "numpy-philox",
+        },
+        outliers=plan.get("outliers", {}),
+    )
+    folder.save("finished")
+    return manifest
 
 
 def _check_disk(root: Path, writer: DatasetWriter, missing: list[tuple[str, int]]) -> None:
     """Tell that the disk is too small before hours of work, not after."""
-    rows = sum(int(np.diff(writer.bucket_range(*key))[0]) for key in missing)
+    rows = sum(stop - start for start, stop in (writer.bucket_range(*key) for key in missing))
     needed = rows * (sum(site.row_bytes for site in writer.sites) + ROW_PROVENANCE_BYTES)
     free = shutil.disk_usage(root).free
     if needed > free:
