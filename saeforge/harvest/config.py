@@ -30,8 +30,12 @@ class HarvestConfig:
     """Folder of the dataset; an interrupted harvest in it goes on."""
 
     text: str = "stdlib"
-    """Source of text: a folder of text files, a .jsonl file (fields text, and if wanted label), stdlib, the source of
-    the running Python's standard library, or demo, about 450,000 tokens of languages and code, labelled."""
+    """Source of text: a folder of text files, a .jsonl file (fields text or messages, and if wanted label), stdlib, the
+    source of the running Python's standard library, or demo, about 450,000 tokens of languages and code, labelled."""
+
+    chat_keep: Literal["all", "assistant"] = "all"
+    """Of conversations (.jsonl lines with messages, through the tokenizer's chat template): keep all tokens, or only
+    those that the model would write."""
 
     n_tokens: int = 10_000_000
     """Activations to keep, all splits together; special tokens do not count."""
@@ -45,6 +49,13 @@ class HarvestConfig:
 
     revision: str | None = None
     """Revision of the model on the hub."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; false: a model that needs it is refused, and none of it runs."""
+
+    device_map: str | None = None
+    """Spread a model over several devices with accelerate: auto, balanced, balanced_low_0 or sequential; null: all of
+    it on device."""
 
     model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the model; auto is that of its checkpoint."""
@@ -130,7 +141,11 @@ class HarvestConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return the options that decide which bytes are written."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_HASHED}
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_HASHED}
+        # 10 and 10.0 are one option
+        return given | {
+            name: float(given[name]) for name in ("validation_share", "max_norm") if given[name] is not None
+        }
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from saeforge.data.manifest import SPLITS, write_json
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.harvest.config import HarvestConfig
+from saeforge.lm.chat import ChatRenderer, Conversation, Messages
 from saeforge.lm.isolation import Isolation
 from saeforge.lm.pack import Contexts, hash_file, write_contexts
 from saeforge.lm.read import TOKENIZE_AT_ONCE
@@ -72,10 +74,8 @@ def prepare(
         ConfigError: `pack: true` and the model does not keep segments apart; wrong text.
         DatasetError: the text holds nothing to keep.
     """
-    drop_first = not specials.prefix if config.drop_first == "auto" else config.drop_first
-    cutter = Cutter(specials, context_length, drop_first=drop_first, group_rows=config.group_rows)
-    source = open_text(config.text)
-    segments, documents, counts = _collect(source, config, tokenizer, cutter)
+    reader = Reader(config, context_length, tokenizer, specials)
+    segments, documents, counts = _collect(open_text(config.text, conversations=True), config, reader)
     everything = [segment for split in SPLITS for segment in segments[split]]
     if not everything:
         raise DatasetError(f"text {config.text!r} holds no token to keep; give more text")
@@ -101,7 +101,7 @@ def prepare(
         "rule": "segments share contexts, positions restart" if packed else "one segment per context, padding masked",
         "isolation": isolation.reason if isolation else "not asked (pack: false)",
         "context_length": context_length,
-        "drop_first": drop_first,
+        "drop_first": reader.drop_first,
         "special_tokens": {
             "prefix": list(specials.prefix),
             "suffix": list(specials.suffix),
@@ -110,6 +110,7 @@ def prepare(
         },
         "splits": splits,
         "counts": counts,
+        **({"chat": reader.chat.record} if reader.chat is not None else {}),
         "files": {**files, table.name: hash_file(table)},
     }
     write_json(folder / "packing.json", record)
@@ -118,8 +119,71 @@ def prepare(
     return prepared
 
 
+class Reader:
+    """Makes segments of documents, texts and conversations.
+
+    A text gets the special tokens that the tokenizer puts around one. A conversation has those of its template, and
+    each of its later pieces begins with what the template begins the first one with.
+
+    Args:
+        config: the harvest.
+        context_length: longest segment, special tokens included.
+        tokenizer: of the model.
+        specials: of the tokenizer.
+
+    Attributes:
+        drop_first: whether the first token of a text's segment is left out.
+        chat: what renders conversations; None until there is one.
+    """
+
+    def __init__(self, config: HarvestConfig, context_length: int, tokenizer: Any, specials: Specials) -> None:
+        self.config = config
+        self.context_length = context_length
+        self.tokenizer = tokenizer
+        self.specials = specials
+        self.drop_first = not specials.prefix if config.drop_first == "auto" else config.drop_first
+        self.chat: ChatRenderer | None = None
+        self._cutters: dict[tuple[bool, bool], Cutter] = {}
+
+    @property
+    def ungrouped(self) -> int:
+        """Tokens that would be kept, but filled no group."""
+        return sum(cutter.ungrouped for cutter in self._cutters.values())
+
+    def tokenize(self, documents: Sequence[Document]) -> list[list[int] | Conversation]:
+        """Return the token ids of texts, without special tokens, and rendered conversations."""
+        texts = [document.text for document in documents if document.messages is None]
+        ids = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+        return [next(ids) if d.messages is None else self._render(d.messages, d.name) for d in documents]
+
+    def cut(self, number: int, tokens: list[int] | Conversation, budget: int) -> list[Segment]:
+        """Return the segments of a document that keep at most `budget` rows."""
+        if isinstance(tokens, Conversation):
+            cutter = self._cutter(prefix=tokens.begins_with_prefix, suffix=False)
+            return cutter.cut(number, tokens.ids, budget=budget, wanted=tokens.keep)
+        return self._cutter(prefix=True, suffix=True).cut(number, tokens, budget=budget)
+
+    def _render(self, messages: Messages, name: str) -> Conversation:
+        if self.chat is None:
+            self.chat = ChatRenderer(self.tokenizer, self.specials, self.config.chat_keep)
+        return self.chat(messages, name)
+
+    def _cutter(self, *, prefix: bool, suffix: bool) -> Cutter:
+        if (prefix, suffix) not in self._cutters:
+            specials = dataclasses.replace(
+                self.specials,
+                prefix=self.specials.prefix if prefix else (),
+                suffix=self.specials.suffix if suffix else (),
+            )
+            drop_first = not specials.prefix if self.config.drop_first == "auto" else self.config.drop_first
+            self._cutters[prefix, suffix] = Cutter(
+                specials, self.context_length, drop_first=drop_first, group_rows=self.config.group_rows
+            )
+        return self._cutters[prefix, suffix]
+
+
 def _collect(
-    source: TextSource, config: HarvestConfig, tokenizer: Any, cutter: Cutter
+    source: TextSource, config: HarvestConfig, reader: Reader
 ) -> tuple[dict[str, list[Segment]], list[dict[str, Any]], dict[str, Any]]:
     """Take documents in seeded order until the budget of kept tokens is full."""
     key = np.frombuffer(hashlib.sha256(f"saeforge documents {config.seed}".encode()).digest()[:16], dtype="<u8")
@@ -142,7 +206,7 @@ def _collect(
         for index in order[start : start + TOKENIZE_AT_ONCE]:
             document = source[int(index)]
             digest = hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest()
-            if not document.text.strip():
+            if document.is_empty:
                 counts["empty"] += 1
             elif document.split == "test":  # kept for judging: no SAE may have been trained on it
                 counts["test"] += 1
@@ -153,15 +217,16 @@ def _collect(
                 fresh.append((document, digest))
         if not fresh:
             continue
-        ids = tokenizer([document.text for document, _ in fresh], add_special_tokens=False, verbose=False)["input_ids"]
-        for (document, digest), tokens in zip(fresh, ids, strict=True):
+        rendered = reader.tokenize([document for document, _ in fresh])
+        for (document, digest), tokens in zip(fresh, rendered, strict=True):
             limit = left if config.document_tokens is None else min(left, config.document_tokens)
             number = len(documents)
-            pieces = cutter.cut(number, tokens, budget=limit)
+            pieces = reader.cut(number, tokens, limit)
             kept = sum(piece.kept for piece in pieces)
-            counts["text_tokens"] += len(tokens)
+            n_tokens = len(tokens.ids if isinstance(tokens, Conversation) else tokens)
+            counts["text_tokens"] += n_tokens
             counts["kept_tokens"] += kept
-            counts["ungrouped"] = cutter.ungrouped
+            counts["ungrouped"] = reader.ungrouped
             left -= kept
             split = _split_of(document.name, digest, config.validation_share)
             segments[split] += pieces
@@ -172,7 +237,7 @@ def _collect(
                     "label": document.label,
                     "split": split,
                     "sha256": digest.hex(),
-                    "tokens": len(tokens),
+                    "tokens": n_tokens,
                     "kept": kept,
                 }
             )

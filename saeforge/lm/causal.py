@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from saeforge.errors import ConfigError
-from saeforge.lm.load import MODEL_DTYPES, find_card, first_line, load_tokenizer, quiet, read_config, resolve_model
+from saeforge.lm.load import MODEL_DTYPES, find_card, load_error, load_tokenizer, quiet, read_config, resolve_model
 
 
 @dataclass
@@ -29,7 +29,14 @@ class CausalLM:
     card: dict[str, Any]
 
 
-def load_causal_lm(name: str, *, revision: str | None = None, dtype: str = "auto", device: str = "cpu") -> CausalLM:
+def load_causal_lm(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> CausalLM:
     """Load a model that predicts the next token.
 
     Args:
@@ -37,13 +44,14 @@ def load_causal_lm(name: str, *, revision: str | None = None, dtype: str = "auto
         revision: hub revision.
         dtype: "auto" (the checkpoint's), "float32" or "bfloat16".
         device: torch device that exists.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         ConfigError: no such model, or one that is no causal language model.
     """
     folder = resolve_model(name)
     with quiet():
-        config = read_config(name, folder, revision)
+        config = read_config(name, folder, revision, trust_remote_code)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -51,13 +59,15 @@ def load_causal_lm(name: str, *, revision: str | None = None, dtype: str = "auto
                 config=config,
                 dtype="auto" if dtype == "auto" else MODEL_DTYPES[dtype],
                 output_loading_info=True,
+                trust_remote_code=trust_remote_code,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"model {name!r} is no causal language model: {first_line(error)}") from error
+            raise load_error(name, "it is no causal language model", error) from error
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])[0]
         raise ConfigError(f"model {name!r} is no causal language model: its checkpoint lacks {missing}")
     model.eval().requires_grad_(False).to(device)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return CausalLM(model, load_tokenizer(name, revision), limit, find_card(name, folder, model, config, revision))
+    tokenizer = load_tokenizer(name, revision, trust_remote_code=trust_remote_code)
+    return CausalLM(model, tokenizer, limit, find_card(name, folder, model, config, revision))

@@ -21,6 +21,7 @@ from saeforge.errors import ConfigError
 from saeforge.lm.sites import Site, find_layers, last_layer_needed, resolve_sites
 
 MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DeviceMap = str | dict[str, int | str] | None
 
 
 @dataclass
@@ -81,22 +82,34 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model.
 
+    Args:
+        name: folder, hub name, `package:NAME` or `demo`.
+        revision: hub revision.
+        trust_remote_code: run Python code that comes with the model.
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it needs its own code and may not run it.
     """
     folder = resolve_model(name)
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, revision=revision)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"model {name!r}: its tokenizer cannot be loaded: {first_line(error)}") from error
+            return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise load_error(name, "its tokenizer cannot be loaded", error) from error
 
 
 def load_model(
-    name: str, sites: Sequence[str], *, revision: str | None = None, dtype: str = "auto", device: str = "cpu"
+    name: str,
+    sites: Sequence[str],
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    device_map: DeviceMap = None,
 ) -> LoadedModel:
     """Load the base model (no head), only as many layers as the sites need.
 
@@ -107,14 +120,19 @@ def load_model(
         sites: site names (see `saeforge.lm.sites`).
         revision: hub revision.
         dtype: "auto" (the checkpoint's), "float32" or "bfloat16".
-        device: torch device.
+        device: torch device, unless there is a device map.
+        trust_remote_code: run Python code that comes with the model; without it, code of one's own is refused, not run.
+        device_map: how accelerate spreads the layers over devices: "auto", "balanced", or a device per module; weights
+            for which no device has room stay in memory or on disk ("cpu", "disk") until they are used.
 
     Raises:
-        ConfigError: no such model or site, an encoder-decoder, or weights that the sites need are missing.
+        ConfigError: no such model or site, an encoder-decoder, weights that the sites need are missing, the model needs
+            its own code and may not run it, or a device map without accelerate.
     """
     folder = resolve_model(name)
+    check_device_map(device_map)
     with quiet():
-        config = read_config(name, folder, revision)
+        config = read_config(name, folder, revision, trust_remote_code)
         if config.is_encoder_decoder:
             raise ConfigError(
                 f"model {name!r} is an encoder-decoder ({config.model_type}); give a causal LM or an encoder"
@@ -123,9 +141,9 @@ def load_model(
         total = getattr(text_config, "num_hidden_layers", None)
         try:
             with torch.device("meta"):
-                skeleton = AutoModel.from_config(config)
+                skeleton = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, ImportError) as error:
-            raise ConfigError(f"model {name!r}: no base model for this architecture: {first_line(error)}") from error
+            raise load_error(name, "no base model for this architecture", error) from error
         layers = find_layers(skeleton, total) if total else None
         resolved = resolve_sites(
             skeleton,
@@ -150,39 +168,64 @@ def load_model(
                 config=config,
                 dtype="auto" if dtype == "auto" else MODEL_DTYPES[dtype],
                 output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                device_map=device_map,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"model {name!r}: its weights cannot be loaded: {first_line(error)}") from error
+            raise load_error(name, "its weights cannot be loaded", error) from error
     missing = _missing_before(model, resolved, report["missing_keys"])
     if missing:
         raise ConfigError(f"model {name!r}: its checkpoint lacks weights that the sites need, for example {missing[0]}")
-    model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    if device_map is None:
+        model.to(device)
     card = {**find_card(name, folder, model, config, revision), "layers": total, "layers_loaded": loaded}
+    if device_map is not None:
+        card["device_map"] = device_map
     return LoadedModel(model, resolved, getattr(text_config, "max_position_embeddings", None), card)
 
 
-def read_config(name: str, folder: str, revision: str | None) -> Any:
+def check_device_map(device_map: DeviceMap) -> None:
+    """Raise ConfigError if there is a device map and no accelerate to follow it."""
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ConfigError(f"device_map {device_map!r} needs the package accelerate; pip install accelerate")
+
+
+def load_error(name: str, what: str, error: BaseException) -> ConfigError:
+    """Return the one line for a model that transformers cannot load; code that may not run is said to be the reason."""
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"model {name!r} brings its own Python code, and none of it was run; read it, and if you trust it give "
+            "trust_remote_code: true (--trust_remote_code true)"
+        )
+    return ConfigError(f"model {name!r}: {what}: {first_line(error)}")
+
+
+def read_config(name: str, folder: str, revision: str | None, trust_remote_code: bool = False) -> Any:
     """Return the configuration of a model, from its folder or the hub.
 
     Raises:
-        ConfigError: there is none, or none that this transformers knows.
+        ConfigError: there is none, none that this transformers knows, or one that needs code that may not run.
     """
     try:
-        return AutoConfig.from_pretrained(folder, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+        return AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise load_error(name, "cannot be loaded", error) from error
 
 
 def find_card(name: str, folder: str, model: Any, config: Any, revision: str | None) -> dict[str, Any]:
-    """Return what identifies a loaded model."""
+    """Return what identifies a loaded model; `remote_code` stands in it if code that came with the model runs."""
+    # transformers imports such code under one name, from wherever it came.
+    own_code = any(type(part).__module__.startswith("transformers_modules.") for part in (model, config))
     return {
         "name": name,
         "revision": getattr(config, "_commit_hash", None) or revision,
-        "files_sha256": _hash_weights(Path(folder)) if Path(folder).is_dir() else None,
+        "files_sha256": _hash_files(Path(folder), own_code=own_code) if Path(folder).is_dir() else None,
         "class": type(model).__name__,
         "model_type": config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": getattr(config, "_attn_implementation", None),
+        **({"remote_code": True} if own_code else {}),
     }
 
 
@@ -225,10 +268,12 @@ def _model_type(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _hash_weights(folder: Path) -> str:
-    """Return one sha256 over config and weight files of a folder, so that a changed model is noticed."""
+def _hash_files(folder: Path, *, own_code: bool) -> str:
+    """Return one sha256 over config, weights and, if it runs, code of a folder, so that a changed model is noticed."""
     digest = hashlib.sha256()
     files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if own_code:
+        files += folder.glob("*.py")
     for path in sorted(files):
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())

@@ -10,10 +10,10 @@ import re
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from saeforge.demo import passages_path, text_path
 from saeforge.errors import ConfigError
@@ -35,13 +35,22 @@ class Document:
     """One text, with a name that stays the same from run to run, and perhaps a label and a split.
 
     Attributes:
+        text: of a conversation, its messages as JSON: what tells it from others.
         split: "train" or "test" where the source says so. Documents with split "test" are never harvested.
+        messages: of a conversation; a chat template makes text of them.
     """
 
     name: str
     text: str
     label: str | None
     split: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing but white space in it."""
+        parts = [self.text] if self.messages is None else [message["content"] for message in self.messages]
+        return not any(part.strip() for part in parts)
 
 
 class TextSource(Protocol):
@@ -54,11 +63,12 @@ class TextSource(Protocol):
         """Return one document."""
 
 
-def open_text(text: str) -> TextSource:
+def open_text(text: str, *, conversations: bool = False) -> TextSource:
     """Open a source of text.
 
     Args:
         text: "demo", "stdlib", a folder of text files, or a `.jsonl` file.
+        conversations: whether documents may have messages in place of a text.
 
     Raises:
         ConfigError: there is no such source, or it holds no documents.
@@ -71,7 +81,7 @@ def open_text(text: str) -> TextSource:
     if path.is_dir():
         return TextFolder(path)
     if path.suffix == ".jsonl" and path.is_file():
-        return JsonLines(path)
+        return JsonLines(path, conversations=conversations)
     if path.exists():
         raise ConfigError(f"text {text!r} is neither a folder nor a .jsonl file; give one of them, demo, or stdlib")
     raise ConfigError(f"text {text!r} does not exist; give a folder of text files, a .jsonl file, demo, or stdlib")
@@ -132,10 +142,16 @@ class StandardLibrary:
 
 
 class JsonLines:
-    """One JSON object per line with a string `text`, and if wanted `label`, `name` and `split`; read by offset."""
+    """One JSON object per line with a string `text`, and if wanted `label`, `name` and `split`; read by offset.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        conversations: also take lines with `messages` (a list of objects with strings `role` and `content`).
+    """
+
+    def __init__(self, path: Path, *, conversations: bool = False) -> None:
         self.path = path
+        self.conversations = conversations
         self.offsets: list[tuple[int, int]] = []
         position = 0
         with path.open("rb") as file:
@@ -158,13 +174,33 @@ class JsonLines:
             data = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"text {self.path}, line {number}: not JSON ({error})") from error
+        place = f"text {self.path}, line {number}"
+        messages = None
+        if isinstance(data, dict) and "messages" in data:
+            if not self.conversations:
+                raise ConfigError(f"{place}: a conversation (`messages`); only a harvest reads them, give `text` here")
+            messages = _check_messages(data, place)
+            data["text"] = json.dumps(messages, sort_keys=True, ensure_ascii=False)
         if not isinstance(data, dict) or not isinstance(data.get("text"), str):
-            raise ConfigError(f"text {self.path}, line {number}: expected an object with a string field `text`")
+            raise ConfigError(f"{place}: expected an object with a string field `text`")
         label, split = data.get("label"), data.get("split")
         if split not in (None, "train", "test"):
             raise ConfigError(f"text {self.path}, line {number}: split {split!r}, expected train or test")
         name = str(data.get("name", f"line {number}"))
-        return Document(name, data["text"], None if label is None else str(label), split)
+        return Document(name, data["text"], None if label is None else str(label), split, messages)
+
+
+def _check_messages(data: dict[str, Any], place: str) -> tuple[Mapping[str, Any], ...]:
+    """Return the messages of a line, or say what is wrong with them."""
+    messages = data["messages"]
+    if "text" in data:
+        raise ConfigError(f"{place}: both `text` and `messages`; give one of them")
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f"{place}: expected `messages` to be a list of at least one message")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ConfigError(f"{place}: expected each message to be an object with strings `role` and `content`")
+    return tuple(messages)
 
 
 class DemoText:

@@ -45,6 +45,8 @@ def find_specials(tokenizer: Any) -> Specials:
     else:
         raise ConfigError("the tokenizer changes a text's tokens when it adds special tokens; it cannot be used here")
     dropped = set(tokenizer.all_special_ids)
+    # Those that only a chat template uses are known by their mark alone.
+    dropped |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
     if tokenizer.unk_token_id not in {getattr(tokenizer, name, None) for name in names}:
         dropped.discard(tokenizer.unk_token_id)
@@ -125,25 +127,30 @@ class Cutter:
         self.ungrouped = 0
         self._dropped = np.array(sorted(specials.dropped), dtype=np.int64)
 
-    def cut(self, document: int, ids: list[int], *, budget: int | None = None) -> list[Segment]:
+    def cut(
+        self, document: int, ids: list[int], *, budget: int | None = None, wanted: np.ndarray | None = None
+    ) -> list[Segment]:
         """Return the segments of a document's plain token ids that keep at least one row.
 
         Args:
             document: its number.
             ids: token ids without special tokens.
             budget: most rows to keep; what is beyond is not kept.
+            wanted: bool, for each id, whether it may be kept; None: all.
         """
         prefix, suffix = self.specials.prefix, self.specials.suffix
         segments = []
         left = len(ids) if budget is None else budget
         for start in range(0, len(ids), self.room):
             piece = np.array(ids[start : start + self.room], dtype=np.int64)
-            keep = ~np.isin(piece, self._dropped)
+            kept_ids = ~np.isin(piece, self._dropped)
+            if wanted is not None:
+                kept_ids &= wanted[start : start + self.room]
             if self.drop_first:
-                keep[0] = False
-            wanted, keep = keep, whole_runs(keep, self.group_rows)
+                kept_ids[0] = False
+            keep = whole_runs(kept_ids, self.group_rows)
             within = np.cumsum(keep) <= left // self.group_rows * self.group_rows
-            self.ungrouped += int((wanted & ~keep & within).sum())
+            self.ungrouped += int((kept_ids & ~keep & within).sum())
             keep &= within
             kept = int(keep.sum())
             left -= kept
