@@ -123,9 +123,7 @@ class ChatRenderer:
             raise ConfigError(f"{name}: the chat template refuses this conversation: {first_line(error)}") from error
         keep = np.array(rendered["assistant_masks"], dtype=bool)
         if not keep.any() and any(message["role"] == "assistant" and message["content"] for message in messages):
-            raise ConfigError(
-                f"{name}: the chat template's {{% generation %}} marks no token of the assistant's messages"
-            )
+            raise ConfigError(f"{name}: the chat template's {{% generation %}} marks nothing that the assistant says")
         return list(rendered["input_ids"]), keep
 
     def _by_prefixes(self, messages: Messages, name: str) -> tuple[list[int], np.ndarray]:
