@@ -30,7 +30,7 @@ class Silence(Callback):
         """Gates this low never open."""
         if trainer.global_step == 0:
             with torch.no_grad():
-                pl_module.get_submodule("variant").get_parameter("b_gate")[DEAD] = -1e3
+                pl_module.get_submodule("_members.0.variant").get_parameter("b_gate")[DEAD] = -1e3
 
 
 class Look(Callback):
@@ -43,7 +43,9 @@ class Look(Callback):
         """After Resampling, which comes first."""
         if trainer.global_step == self.step:
             assert isinstance(pl_module, SAEModule)
-            self.seen = {name: value.detach().clone() for name, value in pl_module.members[0].variant.named_parameters()}
+            self.seen = {
+                name: value.detach().clone() for name, value in pl_module.members[0].variant.named_parameters()
+            }
             optimizer = trainer.optimizers[0]
             for name, parameter in pl_module.members[0].variant.named_parameters():
                 self.seen[f"v/{name}"] = optimizer.state[parameter]["exp_avg_sq"].clone()
@@ -101,11 +103,11 @@ def test_dead_latents_start_again_and_the_optimizer_forgets_them() -> None:
 
 
 def test_resumed_around_the_resampling_the_bits_are_the_same(tmp_path: Path) -> None:
-    whole = train(Look(0)).variant.state_dict()
+    whole = train(Look(0)).members[0].variant.state_dict()
     for stop in (7, 8, 9):
         run = tmp_path / str(stop)
         train(Look(0), stop=stop, run=run)
-        parts = train(Look(0), run=run, ckpt_path="last").variant.state_dict()
+        parts = train(Look(0), run=run, ckpt_path="last").members[0].variant.state_dict()
         for name, value in whole.items():
             assert torch.equal(value, parts[name]), (stop, name)
 

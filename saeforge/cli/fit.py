@@ -120,7 +120,9 @@ class RunConfig(SaveConfigCallback):
         record = VARIANTS.name_of(type(members[0].variant))
         facts = {
             "config": yaml.safe_load(self._text),
-            "data": {member.pair.name or "site": member.pair.identity for member in members},
+            "data": {member.pair.name: member.pair.identity for member in members}
+            if len(members) > 1
+            else members[0].pair.identity,
             "variant": {"name": record.name, "distribution": record.distribution, "version": record.version},
             "resolved": {
                 "total_steps": trainer.max_steps,
