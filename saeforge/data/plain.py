@@ -14,16 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from saeforge.data.batch import Batch
 from saeforge.data.foreign import TORCH_DTYPES, Span, first_bad_row, read_rows
 from saeforge.data.local import expand
 from saeforge.data.moments import Moments, Statistics
-from saeforge.data.source import Buffers
+from saeforge.data.source import Pair, Rows
 from saeforge.data.tarscan import scan_tar
 from saeforge.data.writer import MIN_ROWS, choose_block_rows
 from saeforge.errors import ConfigError, DatasetError
@@ -35,8 +33,8 @@ RUN_ROWS = 256  # rows read in one place for statistics and samples
 class PlainTarSource:
     """The `.npy` members of tars as one array of rows, cut into equal blocks: a `BlockSource`.
 
-    Members are (rows, d) or (d,) of float32, float16, float64 or bfloat16 (its bits as uint16), any number of rows each.
-    Rows are handed out as bfloat16 where all members are, else as float32.
+    Members are (rows, d) or (d,) of float32, float16, float64 or bfloat16 (its bits as uint16), any number of rows
+    each. Rows are handed out as bfloat16 where all members are, else as float32.
 
     Args:
         paths: local tar files: names, globs, or webdataset's braces (`acts-{000000..000009}.tar`).
@@ -44,7 +42,7 @@ class PlainTarSource:
         validation_share: share of the members held out: the last ones.
 
     Attributes:
-        spans: by split, the members.
+        spans: by split, the members. d: width of a row.
 
     Raises:
         ConfigError: no such file, `pipe:` or another URL, a wrong option.
@@ -72,9 +70,9 @@ class PlainTarSource:
                     "members to take by a pattern, for example *.acts.npy)"
                 )
         self.spans = _split(spans, validation_share)
-        self.d_in = self.d_out = spans[0].d
+        self.d = spans[0].d
         self._dtype = torch.bfloat16 if {span.dtype for span in spans} == {"bfloat16"} else torch.float32
-        self.dtypes: tuple[torch.dtype, torch.dtype | None] = (self._dtype, None)
+        self.widths, self.dtypes = (self.d,), (self._dtype,)
         self._ends = {split: list(accumulate(span.rows for span in part)) for split, part in self.spans.items()}
         self._block_rows: dict[str, int] = {}
         for split, ends in self._ends.items():
@@ -83,17 +81,12 @@ class PlainTarSource:
                     f"split {split} has {ends[-1]} rows, at least {MIN_ROWS} are needed; give more files, or another "
                     "validation_share"
                 )
-            self._block_rows[split] = choose_block_rows(ends[-1], self.d_in * self._dtype.itemsize, split=split)
+            self._block_rows[split] = choose_block_rows(ends[-1], self.d * self._dtype.itemsize, split=split)
         self.fingerprint = self._fingerprint(key, validation_share)
-        statistics = self._statistics()
-        self.statistics = (statistics, statistics)
-        self.identity: dict[str, Any] = {
-            "model": None,
-            "site": None,
-            "target": None,
-            "dataset": self.fingerprint,
-            "dataset_path": ",".join(str(name) for name in names),
-        }
+        self.statistics = (self._statistics(),)
+        # Evaluation and features open "dataset_path" as a dataset, which this is not: they ask for one by name.
+        identity = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
+        self.pairs = (Pair("", 0, 0, identity),)
         warnings.warn(
             f"{names[0]}: plain tars without a manifest have no checksums, and a run resumes exactly only while the "
             "files stay the same; to have both, convert them with `saeforge data import`",
@@ -111,7 +104,7 @@ class PlainTarSource:
             raise DatasetError(f"no split {split!r}; there are: {', '.join(self._block_rows)}")
         return self._block_rows[split]
 
-    def read_block(self, split: str, index: int, into: Buffers | None = None) -> Buffers:
+    def read_block(self, split: str, index: int, into: Rows | None = None) -> Rows:
         """See `BlockSource`; values are checked to be finite at every read.
 
         Raises:
@@ -120,16 +113,15 @@ class PlainTarSource:
         rows = self.block_rows(split)
         if not 0 <= index < self.n_blocks(split):
             raise IndexError(f"block {index} of split {split}: expected 0 to {self.n_blocks(split) - 1}")
-        out = torch.empty(rows, self.d_in, dtype=self._dtype) if into is None else into[0]
-        if out.shape != (rows, self.d_in) or out.dtype != self._dtype or not out.is_contiguous() or out.is_cuda:
-            raise ValueError(f"expected a contiguous CPU tensor ({rows}, {self.d_in}) of {self._dtype}")
+        out = torch.empty(rows, self.d, dtype=self._dtype) if into is None else into[0]
+        if out.shape != (rows, self.d) or out.dtype != self._dtype or not out.is_contiguous() or out.is_cuda:
+            raise ValueError(f"expected a contiguous CPU tensor ({rows}, {self.d}) of {self._dtype}")
         self._read(split, index * rows, out)
-        return out, None
+        return (out,)
 
-    def sample(self, rows: int) -> Batch:
+    def sample(self, rows: int) -> Rows:
         """See `BlockSource`."""
-        x = torch.cat(list(self._spread("train", rows)))
-        return Batch(x, x)
+        return (torch.cat(list(self._spread("train", rows))),)
 
     def counters(self) -> dict[str, float]:
         """See `BlockSource`."""
@@ -176,13 +168,13 @@ class PlainTarSource:
         runs = max(1, min(rows, total) // RUN_ROWS)
         length = min(rows, total, RUN_ROWS)
         for start in np.linspace(0, total - length, num=runs).astype(np.int64):
-            out = torch.empty(length, self.d_in, dtype=self._dtype)
+            out = torch.empty(length, self.d, dtype=self._dtype)
             self._read(split, int(start), out)
             yield out
 
     def _statistics(self) -> Statistics:
         """Of a fixed sample of at most 262,144 training rows."""
-        moments = Moments.empty(self.d_in)
+        moments = Moments.empty(self.d)
         for part in self._spread("train", STATISTICS_ROWS):
             moments = moments.merge(Moments.of(part.float().numpy()))
         return moments.statistics()
