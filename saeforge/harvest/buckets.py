@@ -16,7 +16,7 @@ from torch import Tensor
 from saeforge.data.shards import ROW_FIELDS
 from saeforge.errors import DatasetError
 from saeforge.lm.capture import Capture
-from saeforge.lm.pack import Contexts
+from saeforge.lm.pack import ContextSource
 
 COMPACT_ROWS = 8192
 
@@ -40,7 +40,7 @@ class BucketRows:
 
 def make_rows(
     capture: Capture,
-    contexts: Contexts,
+    contexts: ContextSource,
     start: int,
     stop: int,
     order: np.ndarray,
@@ -100,7 +100,7 @@ def make_rows(
 
 
 def row_norms(
-    capture: Capture, contexts: Contexts, first: int, last: int, dtypes: Mapping[str, torch.dtype]
+    capture: Capture, contexts: ContextSource, first: int, last: int, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, np.ndarray]:
     """Return per site the float32 norms of the kept rows of contexts `first` to `last`, in one forward pass."""
     start, stop = (int(contexts.kept_before[context]) for context in (first, last))
@@ -152,7 +152,12 @@ class _Piece:
 
 
 def _forward(
-    capture: Capture, contexts: Contexts, start: int, stop: int, dtypes: Mapping[str, torch.dtype], batch_contexts: int
+    capture: Capture,
+    contexts: ContextSource,
+    start: int,
+    stop: int,
+    dtypes: Mapping[str, torch.dtype],
+    batch_contexts: int,
 ) -> Iterator[_Piece]:
     """Yield the kept rows from `start` to `stop`, one forward pass at a time."""
     kept_before = contexts.kept_before

@@ -15,7 +15,7 @@ import torch
 from saeforge.errors import ConfigError
 from saeforge.harvest.buckets import row_norms
 from saeforge.lm.capture import Capture
-from saeforge.lm.pack import Contexts
+from saeforge.lm.pack import ContextSource
 
 PILOT_CONTEXTS = 64
 
@@ -34,7 +34,7 @@ def pilot_batches(n_contexts: int, batch_contexts: int) -> list[tuple[int, int]]
 
 def measure_pilot(
     capture: Capture,
-    contexts: Contexts,
+    contexts: ContextSource,
     dtypes: Mapping[str, torch.dtype],
     *,
     batch_contexts: int,

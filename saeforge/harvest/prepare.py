@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from saeforge.errors import ConfigError, DatasetError
 from saeforge.harvest.config import HarvestConfig
 from saeforge.lm.chat import ChatRenderer, Conversation, Messages
 from saeforge.lm.isolation import Isolation
-from saeforge.lm.pack import Contexts, hash_file, write_contexts
+from saeforge.lm.pack import Contexts, ContextSource, hash_file, write_contexts
 from saeforge.lm.read import TOKENIZE_AT_ONCE
 from saeforge.lm.text import Document, TextSource, open_text
 from saeforge.lm.tokens import Cutter, Segment, Specials
@@ -28,7 +28,7 @@ from saeforge.lm.tokens import Cutter, Segment, Specials
 class Prepared:
     """The stored tokens: contexts by split, and `record`, which `tokens/packing.json` holds."""
 
-    contexts: dict[str, Contexts]
+    contexts: Mapping[str, ContextSource]
     record: dict[str, Any]
 
 

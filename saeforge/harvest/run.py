@@ -11,7 +11,7 @@ import dataclasses
 import errno
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,14 @@ from saeforge.harvest.buckets import make_rows
 from saeforge.harvest.config import HarvestConfig
 from saeforge.harvest.folder import DatasetFolder, available_memory
 from saeforge.harvest.outliers import measure_pilot
-from saeforge.harvest.prepare import Prepared, open_prepared, prepare
+from saeforge.harvest.prepare import Prepared
 from saeforge.harvest.progress import HarvestProgress
 from saeforge.harvest.ranks import Rank
 from saeforge.harvest.report import summary
+from saeforge.harvest.work import Options, TextWork, Work
 from saeforge.lm.capture import Capture
 from saeforge.lm.device import resolve_device
-from saeforge.lm.isolation import probe_isolation
-from saeforge.lm.load import LoadedModel, load_model, load_tokenizer, tokenizer_card, versions
-from saeforge.lm.tokens import choose_context_length, find_specials
+from saeforge.lm.load import LoadedModel, versions
 
 MAX_BUCKET_ROWS = 2**20
 MIN_BUCKET_ROWS = 2**12
@@ -44,13 +43,23 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def run_harvest(config: HarvestConfig) -> Manifest:
-    """Harvest, or continue, or say that it is finished. See `saeforge.harvest.harvest`."""
+    """Harvest text, or continue, or say that it is finished. See `saeforge.harvest.harvest`."""
+    return run_work(config, lambda device: TextWork.load(config, device))
+
+
+def run_work(config: Options, load: Callable[[str], Work]) -> Manifest:
+    """Harvest, or continue, or say that it is finished.
+
+    Args:
+        config: options.
+        load: makes what is to be done, given the torch device; called only if anything is left to do.
+    """
     rank = Rank.here()
     device = rank.device(config.device, resolve_device(config.device), torch.cuda.device_count())
     identity = {**config.identity(), "device": torch.device(device).type}
     folder = DatasetFolder(Path(config.out), identity)
     try:
-        manifest, news = _run(folder, config, rank, device)
+        manifest, news = _run(folder, config, rank, device, load)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise no_space(folder.root, 0) from error
@@ -60,9 +69,11 @@ def run_harvest(config: HarvestConfig) -> Manifest:
     return manifest
 
 
-def _run(folder: DatasetFolder, config: HarvestConfig, rank: Rank, device: str) -> tuple[Manifest, bool]:
+def _run(
+    folder: DatasetFolder, config: Options, rank: Rank, device: str, load: Callable[[str], Work]
+) -> tuple[Manifest, bool]:
     """Return the manifest, and whether anything was left to do."""
-    model: _Model | None = None
+    work: Work | None = None
     with contextlib.ExitStack() as stack:
         with folder.alone():
             stack.enter_context(folder.joined(overwrite=config.overwrite))
@@ -71,35 +82,17 @@ def _run(folder: DatasetFolder, config: HarvestConfig, rank: Rank, device: str) 
             if finished is not None:
                 return finished, False
             if "plan" not in folder.card:
-                model = _Model.load(config, device)
-                _prepare(folder, config, model, rank)
-        model = model or _Model.load(config, device)
+                work = load(device)
+                _prepare(folder, config, work, rank)
+        work = work or load(device)
         with folder.alone():
             folder.reread()
-            _register(folder, model)
-        prepared = open_prepared(folder.root / "tokens")
-        assert prepared is not None, "the plan is recorded after the tokens"
-        _fill(folder, config, model, prepared, rank)
+            _register(folder, work)
+        prepared = work.open(folder.root / "tokens")
+        _fill(folder, config, work, prepared, rank)
         with folder.alone():
             folder.reread()
-            return _finished(folder) or _finish(folder, config, model, prepared, device), True
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What is loaded to make rows, and what the card says of it."""
-
-    loaded: LoadedModel
-    tokenizer: Any
-    tokenizer_card: dict[str, Any]
-
-    @classmethod
-    def load(cls, config: HarvestConfig, device: str) -> _Model:
-        tokenizer = load_tokenizer(config.model, config.revision)
-        loaded = load_model(
-            config.model, config.sites, revision=config.revision, dtype=config.model_dtype, device=device
-        )
-        return cls(loaded, tokenizer, tokenizer_card(tokenizer))
+            return _finished(folder) or _finish(folder, config, work, prepared, device), True
 
 
 def _finished(folder: DatasetFolder) -> Manifest | None:
@@ -113,41 +106,31 @@ def _finished(folder: DatasetFolder) -> Manifest | None:
     return manifest
 
 
-def _prepare(folder: DatasetFolder, config: HarvestConfig, model: _Model, rank: Rank) -> None:
+def _prepare(folder: DatasetFolder, config: Options, work: Work, rank: Rank) -> None:
     """Store tokens and decide what depends on them and on the model: all processes find it in the card."""
-    context_length = choose_context_length(config.context_length, model.loaded.context_limit, model.tokenizer)
     tokens = folder.root / "tokens"
     tokens.mkdir(exist_ok=True)
-    with Capture(model.loaded.model, model.loaded.sites) as capture:
-        prepared = open_prepared(tokens) or prepare(
-            tokens,
-            config,
-            context_length,
-            model.tokenizer,
-            find_specials(model.tokenizer),
-            lambda segments: probe_isolation(capture, segments),
-        )
-        plan = _plan(config, model.loaded, capture, prepared, rank)
+    with Capture(work.loaded.model, work.loaded.sites) as capture:
+        prepared = work.prepare(tokens, capture)
+        plan = _plan(config, work.loaded, capture, prepared, rank)
         if config.max_norm is not None:
             plan["outliers"] = measure_pilot(
                 capture,
                 prepared.contexts["train"],
-                {site.id: DTYPES[config.store_dtype] for site in model.loaded.sites},
+                {site.id: DTYPES[config.store_dtype] for site in work.loaded.sites},
                 batch_contexts=config.batch_contexts,
                 max_norm=config.max_norm,
             )
     folder.card |= {
-        "model": model.loaded.card,
-        "tokenizer": model.tokenizer_card,
+        "model": work.loaded.card,
+        "tokenizer": work.tokenizer_card,
         "plan": plan,
         "folders": [site["id"].replace(":", ".") for site in plan["sites"]],
     }
     folder.save("harvesting")
 
 
-def _plan(
-    config: HarvestConfig, loaded: LoadedModel, capture: Capture, prepared: Prepared, rank: Rank
-) -> dict[str, Any]:
+def _plan(config: Options, loaded: LoadedModel, capture: Capture, prepared: Prepared, rank: Rank) -> dict[str, Any]:
     """Decide widths, block rows and bucket rows; recorded once, so that a restart does not decide anew."""
     first = next(iter(prepared.contexts.values())).batch(0, 1)
     widths = {name: x.shape[-1] for name, x in capture(first.batch).items()}
@@ -177,9 +160,9 @@ def _plan(
     }
 
 
-def _register(folder: DatasetFolder, model: _Model) -> None:
+def _register(folder: DatasetFolder, work: Work) -> None:
     """Check that this process has the model that the dataset was begun with, and write down its versions."""
-    for name, now in (("model", model.loaded.card), ("tokenizer", model.tokenizer_card)):
+    for name, now in (("model", work.loaded.card), ("tokenizer", work.tokenizer_card)):
         if folder.card[name] != now:
             raise ConfigError(f"the {name} changed since {folder.root} was begun; give --overwrite or another --out")
     folder.register({"saeforge": __version__, **versions()})
@@ -198,7 +181,7 @@ def _writer(folder: DatasetFolder) -> DatasetWriter:
     )
 
 
-def _fill(folder: DatasetFolder, config: HarvestConfig, model: _Model, prepared: Prepared, rank: Rank) -> None:
+def _fill(folder: DatasetFolder, config: Options, work: Work, prepared: Prepared, rank: Rank) -> None:
     """Make buckets until all are there: first those of this rank, then what nobody makes; wait for the rest."""
     writer = _writer(folder)
     _check_disk(folder.root, writer, writer.missing_buckets())
@@ -206,7 +189,7 @@ def _fill(folder: DatasetFolder, config: HarvestConfig, model: _Model, prepared:
     left = rank.own_first(list(writer.buckets()))
     said = False
     with (
-        Capture(model.loaded.model, model.loaded.sites) as capture,
+        Capture(work.loaded.model, work.loaded.sites) as capture,
         HarvestProgress(rows, writer.committed_rows, silent=rank.number > 0) as progress,
     ):
         while left:
@@ -222,7 +205,7 @@ def _fill(folder: DatasetFolder, config: HarvestConfig, model: _Model, prepared:
 
 def _attempt(
     folder: DatasetFolder,
-    config: HarvestConfig,
+    config: Options,
     writer: DatasetWriter,
     prepared: Prepared,
     capture: Capture,
@@ -259,14 +242,14 @@ def _attempt(
     return True
 
 
-def _finish(folder: DatasetFolder, config: HarvestConfig, model: _Model, prepared: Prepared, device: str) -> Manifest:
+def _finish(folder: DatasetFolder, config: Options, work: Work, prepared: Prepared, device: str) -> Manifest:
     """Write the manifest, from nothing but the records and the card. To be called alone."""
     plan, runs = folder.card["plan"], folder.card["runs"]
     manifest = _writer(folder).finish(
-        model={**model.loaded.card, "batch_contexts": config.batch_contexts, "device": torch.device(device).type},
-        tokenizer=model.tokenizer_card,
+        model={**work.loaded.card, "batch_contexts": config.batch_contexts, "device": torch.device(device).type},
+        tokenizer=work.tokenizer_card,
         versions=runs[-1] | {"resumed": runs[:-1]},
-        text={"source": config.text, "n_tokens": config.n_tokens, "document_tokens": config.document_tokens},
+        text=work.origin(prepared),
         packing=prepared.record,
         shuffle={
             "seed": config.seed,

@@ -13,14 +13,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from saeforge.data.storage import hash_file, open_storage
 from saeforge.data.tario import npy_header
-from saeforge.lm.capture import TokenBatch
+from saeforge.errors import DatasetError
+from saeforge.lm.capture import ModelBatch, TokenBatch
 from saeforge.lm.tokens import Segment
 
 ARRAYS = ("tokens", "documents", "positions", "within", "keep", "offsets")
@@ -109,8 +110,11 @@ def _save(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
+B_co = TypeVar("B_co", bound=ModelBatch, covariant=True)
+
+
 @dataclass(frozen=True)
-class ContextBatch:
+class ContextBatch(Generic[B_co]):
     """A batch of contexts and where its kept tokens stand.
 
     Attributes:
@@ -119,9 +123,27 @@ class ContextBatch:
         rows: uint32 (kept, 4) provenance: document, position in document, token id, context.
     """
 
-    batch: TokenBatch
+    batch: B_co
     kept: torch.Tensor
     rows: np.ndarray
+
+
+class ContextSource(Protocol):
+    """What rows are made of: contexts in their final order, and how many rows each of them keeps."""
+
+    @property
+    def kept_before(self) -> np.ndarray:
+        """int64 (contexts + 1), kept rows before each context: the global row order of the split."""
+
+    @property
+    def kept_rows(self) -> int:
+        """Kept tokens of the split."""
+
+    def __len__(self) -> int:
+        """Return the number of contexts."""
+
+    def batch(self, start: int, stop: int) -> ContextBatch[ModelBatch]:
+        """Return contexts `start` to `stop`."""
 
 
 class Contexts:
@@ -147,7 +169,7 @@ class Contexts:
         """Kept tokens of the split."""
         return int(self.kept_before[-1])
 
-    def batch(self, start: int, stop: int) -> ContextBatch:
+    def batch(self, start: int, stop: int) -> ContextBatch[TokenBatch]:
         """Return contexts `start` to `stop`, padded on the right to the longest of them."""
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         lengths = np.diff(self.offsets[start : stop + 1])
@@ -197,6 +219,11 @@ def open_stored(root: str | Path, packing: Mapping[str, Any], splits: Sequence[s
     Raises:
         DatasetError: a file is missing or damaged.
     """
+    if "special_tokens" not in packing:
+        raise DatasetError(
+            f"{root} was made of {packing.get('rule', 'other inputs')} and holds no text; this needs a dataset made by "
+            "`saeforge harvest`"
+        )
     wanted = {
         name: sha256
         for name, sha256 in packing["files"].items()
