@@ -103,6 +103,8 @@ class Cache:
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
+        except FileNotFoundError:
+            self._bytes = None  # somebody removed the cache just now; it is made again with the next entry
         except OSError as error:
             self._give_up(error)
 
@@ -138,6 +140,8 @@ class Cache:
                 part.replace(entry)
             finally:
                 part.unlink(missing_ok=True)  # where both names were one file already, replace leaves it
+        except FileNotFoundError:
+            self._bytes = None  # somebody removed the cache just now; it is made again with the next entry
         except OSError as error:
             self._give_up(error)
 
@@ -183,23 +187,25 @@ class Cache:
             with contextlib.suppress(OSError):  # a network disk without locks: two may remove the same, no harm
                 fcntl.flock(lock, fcntl.LOCK_EX)
             now = time.time()
+            total = 0
             entries: list[tuple[float, int, Path]] = []
             for folder in (self.folder / "entries").glob("*"):
                 for found in os.scandir(folder):
                     with contextlib.suppress(OSError):
                         stat = found.stat()
-                        if ".part-" in found.name and now - stat.st_mtime > STALE_SECONDS:
-                            Path(found).unlink()
-                        else:
+                        if ".part-" not in found.name:
                             entries.append((stat.st_mtime, stat.st_size, Path(found)))
+                        elif now - stat.st_mtime > STALE_SECONDS:
+                            Path(found).unlink()
+                            continue
+                        total += stat.st_size
             for folder in (self.folder / "work").glob("*"):
                 with contextlib.suppress(OSError):
                     if now - folder.stat().st_mtime > STALE_SECONDS:
                         shutil.rmtree(folder)
-            total = sum(entry[1] for entry in entries)
             if total + size > self.cap:
                 for _, count, path in sorted(entries, key=lambda entry: entry[0]):
-                    if total + size <= self.cap - self.cap // SLACK or total == 0:
+                    if total + size <= self.cap - self.cap // SLACK:
                         break
                     self._remove(path)
                     total -= count
