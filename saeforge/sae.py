@@ -277,6 +277,8 @@ def load(run: str | Path, *, device: str | torch.device = "cpu") -> SAE:
         raise CheckpointError(f"{run} does not exist; expected a RUN folder (runs/<name>) or an sae/ folder")
     if (run / "sae" / META_FILE).is_file():
         run = run / "sae"
+    elif several := sorted(path.parents[1] for path in run.glob(f"*/sae/{META_FILE}")):
+        raise CheckpointError(f"{run} holds several SAEs: {', '.join(map(str, several))}; give one of these folders")
     elif not (run / META_FILE).is_file() and (run / "checkpoints").is_dir():
         raise CheckpointError(
             f"{run} has no finished SAE yet; go on with `saeforge fit --config {run}/config.yaml --ckpt_path last`"

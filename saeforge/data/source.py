@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,8 @@ from saeforge.data.batch import Batch
 from saeforge.data.manifest import SiteRecord
 from saeforge.data.moments import Moments, Statistics
 from saeforge.data.plan import permutation
-from saeforge.data.shards import ActivationDataset
+from saeforge.data.shards import ActivationDataset, load_manifest
+from saeforge.data.storage import open_storage
 from saeforge.errors import ConfigError, DatasetError
 
 MIN_BLOCK_ROWS = 16
@@ -108,7 +110,7 @@ class ShardSource:
         path: the dataset's folder or URL.
         input: site to read; may be omitted if the dataset has one.
         target: site to reconstruct (a transcoder); None: the input.
-        sites: sites that train an SAE each, instead of `input` and `target`.
+        sites: instead of `input` and `target`, the sites that train an SAE each; names or patterns like `resid_post.*`.
 
     Raises:
         DatasetError: missing or damaged dataset, unknown site.
@@ -117,7 +119,7 @@ class ShardSource:
     def __init__(
         self, path: str, *, input: str | None = None, target: str | None = None, sites: Sequence[str] = ()
     ) -> None:
-        wanted = [*sites] if sites else [input, *([] if target is None else [target])]
+        wanted = match_sites(path, sites) if sites else [input, *([] if target is None else [target])]
         self.datasets = [ActivationDataset.open(path, site=site) for site in wanted]
         first = self.datasets[0]
         self.manifest = first.manifest
@@ -133,7 +135,7 @@ class ShardSource:
 
         if sites:
             self.pairs = tuple(
-                Pair(short_name(dataset.site), i, i, identity(site, None))
+                Pair(short_name(dataset.site) if len(named) > 1 else "", i, i, identity(site, None))
                 for i, (dataset, site) in enumerate(zip(self.datasets, named, strict=True))
             )
         else:
@@ -159,7 +161,11 @@ class ShardSource:
 
     def counters(self) -> dict[str, float]:
         """See `BlockSource`."""
-        return {}
+        counts = [dataset.counts for dataset in self.datasets]
+        return {
+            "retries": sum(count.retries for count in counts),
+            "cache_gb": sum(count.cache_bytes for count in counts) / 1e9,
+        }
 
 
 class TensorSource:
@@ -246,6 +252,20 @@ class TensorSource:
             for which, rows in enumerate(self.read_block("train", index)):
                 moments[which] = moments[which].merge(Moments.of(rows.float().numpy()))
         return tuple(part.statistics() for part in moments)
+
+
+def match_sites(path: str, patterns: Sequence[str]) -> list[str]:
+    """Ids of the sites of a dataset that have a name (id, alias, folder) like one of `patterns`, in its order.
+
+    Raises:
+        DatasetError: no site is like one of them.
+    """
+    manifest = load_manifest(open_storage(path))
+    names = {site.id: {site.id, f"{site.module_path}", site.folder, site.alias or site.id} for site in manifest.sites}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for several in names.values() for name in several):
+            raise DatasetError(f"{path} holds no site like {pattern!r}; it holds: {', '.join(names)}")
+    return [i for i, several in names.items() if any(fnmatchcase(name, p) for name in several for p in patterns)]
 
 
 def describe_site(site: SiteRecord) -> dict[str, Any]:

@@ -28,9 +28,11 @@ class ActivationData(LightningDataModule):
     """Batches of activations from a dataset that `saeforge harvest` wrote.
 
     Args:
-        path: folder of the dataset.
+        path: folder or URL of the dataset.
         input: site to read, if the dataset has several.
         target: site to reconstruct from the input (a transcoder); null reconstructs the input.
+        sites: instead of input and target, the sites that get an SAE each, all trained together; names or patterns like
+            'resid_post.*'.
         batch_size: rows of an optimizer step, over all devices together.
         tokens: length of the run in tokens; null leaves it to trainer.max_steps, else one pass (at least 2,000 steps).
         lanes: parallel streams that make up a batch; any multiple of every number of devices you will ever use.
@@ -44,6 +46,7 @@ class ActivationData(LightningDataModule):
         path: str,
         input: str | None = None,
         target: str | None = None,
+        sites: list[str] | None = None,
         batch_size: int = 4096,
         tokens: int | None = None,
         lanes: int = 8,
@@ -52,8 +55,10 @@ class ActivationData(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if sites and (input is not None or target is not None):
+            raise ConfigError("data.sites trains an SAE for each site: leave out data.input and data.target")
         self._configure(
-            ShardSource(path, input=input, target=target),
+            ShardSource(path, input=input, target=target, sites=sites or ()),
             batch_size,
             tokens,
             lanes,

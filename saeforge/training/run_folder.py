@@ -72,11 +72,13 @@ def make_folder(run: Path) -> None:
 
 def clear(run: Path) -> None:
     """Removes what a former run left, so that nothing of it can be taken for this one's."""
-    for name in ("checkpoints", "sae"):
-        if (run / name).exists():
-            shutil.rmtree(run / name)
-    for path in (run / "evaluation.json", run / "concepts.json", run / STORE_FILE, progress_file(run)):
-        path.unlink(missing_ok=True)
+    if (run / "checkpoints").exists():
+        shutil.rmtree(run / "checkpoints")
+    for folder in [run, *(path.parent for path in run.glob("*/sae"))]:  # one SAE, or several side by side
+        if (folder / "sae").exists():
+            shutil.rmtree(folder / "sae")
+        for path in (folder / "evaluation.json", folder / "concepts.json", folder / STORE_FILE, progress_file(folder)):
+            path.unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
