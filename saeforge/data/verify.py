@@ -134,7 +134,8 @@ class _Verifier:
     ) -> Iterator[Finding]:
         """Walk through one shard; what cannot be laid at the door of a block is told by its sha256."""
         digest = hashlib.sha256()
-        position = first = 0
+        position = 0
+        first: int | None = None
         found = not whole
         sound: list[tuple[int, np.ndarray]] = []
         for number, block in enumerate(shard.blocks):
@@ -154,11 +155,19 @@ class _Verifier:
                 dtype, shape = STORED[about.dtype], (rows, about.d)
             else:
                 dtype, shape = "<u4", (rows, len(ROW_FIELDS))
-            if number == 0:  # numbers run on within a shard; where they begin, only its first member says
-                begins = re.match(rb"\d{8}(?=\.)", buffer[:head])
-                first = int(begins[0]) if begins else 0
-            name = f"{first + number:08d}.{kind}.npy"
-            faults = list(_header_faults(bytes(buffer[:head]), name, dtype, shape, block.nbytes))
+            faults = []
+            try:
+                member = tarfile.TarInfo.frombuf(bytes(buffer[: tarfile.BLOCKSIZE]), "utf-8", "strict")
+            except (tarfile.HeaderError, ValueError) as error:
+                faults.append(f"its tar header is damaged ({error})")
+            else:
+                # Numbers run on within a shard; where they begin, only its members say.
+                first = int(member.name[:8]) - number if first is None and member.name[:8].isdigit() else first
+                name = f"{(first or 0) + number:08d}.{kind}.npy"
+                if (member.name, member.size, member.isreg()) != (name, head - tarfile.BLOCKSIZE + block.nbytes, True):
+                    faults.append(f"its tar header says {member.name}, {member.size} bytes; expected {name}")
+            if not _npy_header_fits(bytes(buffer[tarfile.BLOCKSIZE : head]), dtype, shape):
+                faults.append(f"its .npy header is damaged: expected {dtype} {shape}")
             if zlib.crc32(payload) != block.crc32:
                 faults.append("checksum mismatch, the data is damaged")
             elif isinstance(about, SiteRecord):
@@ -174,9 +183,12 @@ class _Verifier:
         if isinstance(about, _Tokens) and sound:
             yield from (Finding(file, number, fault) for number, fault in about.faults(sound))
         if whole:
-            digest.update(self._bytes(file, position, shard.nbytes - position))
-            if not found and digest.hexdigest() != shard.sha256:
-                yield Finding(file, None, "its sha256 does not match, though every block is right: damaged at the end")
+            end = self._bytes(file, position, shard.nbytes - position)
+            digest.update(end)
+            if any(end):
+                yield Finding(file, None, "damaged behind the last block")
+            elif not found and digest.hexdigest() != shard.sha256:
+                yield Finding(file, None, "its sha256 does not match, though every block is right")
 
     def _bytes(self, file: str, offset: int, count: int) -> memoryview:
         if count < 0:
@@ -314,22 +326,11 @@ class _Tokens:
             yield number, "its provenance names a token that its shard holds twice"
 
 
-def _header_faults(head: bytes, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> Iterator[str]:
-    """Yield what is wrong with the tar header and the `.npy` header in front of a payload."""
-    try:
-        member = tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "strict")
-    except (tarfile.HeaderError, ValueError) as error:
-        yield f"its tar header is damaged ({error})"
-    else:
-        if (member.name, member.size, member.isreg()) != (name, len(head) - tarfile.BLOCKSIZE + nbytes, True):
-            yield f"its tar header says {member.name}, {member.size} bytes; expected {name}"
-    header = head[tarfile.BLOCKSIZE :]
-    length = int.from_bytes(header[8:10], "little")
-    # Version 1.0 of numpy's format, spelled as this format spells it; nothing is evaluated.
+def _npy_header_fits(header: bytes, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a header is version 1.0 of numpy's format, spelled as this format spells it; nothing is evaluated."""
     pattern = rf"\{{'descr': '{re.escape(dtype)}', 'fortran_order': False, 'shape': {re.escape(repr(shape))}, \}} *\n"
-    text = header[10:].decode("latin-1")
-    if header[:8] != b"\x93NUMPY\x01\x00" or length != len(header) - 10 or not re.fullmatch(pattern, text):
-        yield f"its .npy header is damaged: expected {dtype} {shape}"
+    start = b"\x93NUMPY\x01\x00" + (len(header) - 10).to_bytes(2, "little")
+    return header[:10] == start and re.fullmatch(pattern, header[10:].decode("latin-1")) is not None
 
 
 def _finite(payload: memoryview, site: SiteRecord) -> bool:
