@@ -19,7 +19,7 @@ CARD = "dataset.json"
 
 @contextlib.contextmanager
 def claim(
-    root: Path, identity: dict[str, Any], modified: dict[str, int], *, overwrite: bool
+    root: Path, identity: dict[str, Any], plan: dict[str, Any], modified: dict[str, int], *, overwrite: bool
 ) -> Iterator[dict[str, Any]]:
     """Lock the folder, check or write its card, and hold it while the import runs."""
     card_path = root / CARD
@@ -41,6 +41,8 @@ def claim(
             "config": identity,
             "config_sha256": sha256_json(identity),
             "folders": [identity["site"]["id"].replace(":", ".")],
+            "model": {"name": identity["model"]} if identity["model"] else {},
+            "plan": plan,
             "modified": modified,
         }
         if card_path.exists():

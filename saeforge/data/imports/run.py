@@ -107,7 +107,12 @@ def import_activations(
     }
     root = Path(out)
     modified = {str(path): path.stat().st_mtime_ns for path in sorted({array.path for array in arrays})}
-    with claim(root, identity, modified, overwrite=overwrite) as card:
+    plan = {
+        "sites": [dataclasses.asdict(spec)],
+        "splits": {split: dataclasses.asdict(p) for split, p in plans.items()},
+        "bucket_rows": bucket_rows,
+    }
+    with claim(root, identity, plan, modified, overwrite=overwrite) as card:
         writer = DatasetWriter(root, [spec], plans, bucket_rows=bucket_rows, config_sha256=card["config_sha256"])
         missing = writer.missing_buckets()
         if not missing and (root / "manifest.json").is_file():
