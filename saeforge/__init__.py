@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from saeforge.features import build_features as build_features
     from saeforge.features.concepts import concept_table as concept_table
     from saeforge.harvest import harvest as harvest
+    from saeforge.harvest.inputs import harvest_inputs as harvest_inputs
     from saeforge.sae import SAE as SAE
     from saeforge.sae import load as load
     from saeforge.steering import Add as Add
@@ -39,6 +40,7 @@ _PUBLIC = {
     "evaluate": "saeforge.evaluation",
     "fit": "saeforge.cli.fit",
     "harvest": "saeforge.harvest",
+    "harvest_inputs": "saeforge.harvest.inputs",
     "load": "saeforge.sae",
     "steer": "saeforge.steering",
     "train": "saeforge.training.train",
@@ -56,6 +58,7 @@ __all__ = [
     "evaluate",
     "fit",
     "harvest",
+    "harvest_inputs",
     "load",
     "steer",
     "train",

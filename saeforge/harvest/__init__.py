@@ -1,4 +1,4 @@
-"""From text to a dataset of activations: `saeforge harvest` and `saeforge.harvest.harvest`."""
+"""From text, or other inputs, to a dataset of activations: `saeforge harvest`, `harvest` and `harvest_inputs`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from saeforge.harvest.config import HarvestConfig
 
 if TYPE_CHECKING:
     from saeforge.data.manifest import Manifest
+    from saeforge.harvest.inputs import harvest_inputs as harvest_inputs
 
-__all__ = ["HarvestConfig", "harvest"]
+__all__ = ["HarvestConfig", "harvest", "harvest_inputs"]
 
 
 def harvest(config: HarvestConfig | None = None, **options: Any) -> Manifest:
@@ -32,6 +33,14 @@ def harvest(config: HarvestConfig | None = None, **options: Any) -> Manifest:
     from saeforge.harvest.run import run_harvest  # torch and transformers load here, not when options are parsed
 
     return run_harvest(HarvestConfig.build(config, options))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "harvest_inputs":
+        from saeforge.harvest.inputs import harvest_inputs  # torch again
+
+        return harvest_inputs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _CallableModule(ModuleType):

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,42 @@ def open_prepared(folder: Path) -> Prepared | None:
     Raises:
         DatasetError: a file is missing or damaged.
     """
-    path = folder / "packing.json"
-    if not path.is_file():
+    record = read_record(folder)
+    if record is None:
         return None
-    record = json.loads(path.read_bytes())
-    for name, sha256 in record["files"].items():
-        if not (folder / name).is_file() or hash_file(folder / name) != sha256:
-            raise DatasetError(f"{folder / name} is missing or damaged; start again with --overwrite or another --out")
     contexts = {
         split: Contexts(folder, split, packed=record["packed"], pad=record["special_tokens"]["pad"])
         for split in record["splits"]
     }
     return Prepared(contexts, record)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a folder `tokens/`, or None if there is none yet.
+
+    Raises:
+        DatasetError: a file that it names is missing or damaged.
+    """
+    path = folder / "packing.json"
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_bytes())
+    for name, sha256 in record["files"].items():
+        if not (folder / name).is_file() or hash_file(folder / name) != sha256:
+            raise DatasetError(f"{folder / name} is missing or damaged; start again with --overwrite or another --out")
+    return record
+
+
+def write_record(
+    folder: Path, record: dict[str, Any], documents: Iterable[dict[str, Any]], files: dict[str, str]
+) -> None:
+    """Write `documents.jsonl` and then `packing.json`, which names all files with their sha256."""
+    table = folder / "documents.jsonl"
+    with table.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+        file.flush()
+        os.fsync(file.fileno())
+    write_json(folder / "packing.json", {**record, "files": {**files, table.name: hash_file(table)}})
 
 
 def prepare(
@@ -91,11 +115,6 @@ def prepare(
         files |= write_contexts(
             folder, split, segments[split], capacity=context_length, packed=packed, seed=config.seed
         )
-    table = folder / "documents.jsonl"
-    with table.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-        file.flush()
-        os.fsync(file.fileno())
     record = {
         "packed": packed,
         "rule": "segments share contexts, positions restart" if packed else "one segment per context, padding masked",
@@ -111,9 +130,8 @@ def prepare(
         "splits": splits,
         "counts": counts,
         **({"chat": reader.chat.record} if reader.chat is not None else {}),
-        "files": {**files, table.name: hash_file(table)},
     }
-    write_json(folder / "packing.json", record)
+    write_record(folder, record, documents, files)
     prepared = open_prepared(folder)
     assert prepared is not None
     return prepared
@@ -228,7 +246,7 @@ def _collect(
             counts["kept_tokens"] += kept
             counts["ungrouped"] = reader.ungrouped
             left -= kept
-            split = _split_of(document.name, digest, config.validation_share)
+            split = split_of(document.name, digest, config.validation_share)
             segments[split] += pieces
             documents.append(
                 {
@@ -246,7 +264,7 @@ def _collect(
     return segments, documents, counts
 
 
-def _split_of(name: str, text_digest: bytes, share: float) -> str:
+def split_of(name: str, text_digest: bytes, share: float) -> str:
     """Return a document's split: a hash of name and text, so that it does not depend on the other documents."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass") + b"\0" + text_digest).digest()
     return "validation" if int.from_bytes(digest[:8], "little") < share * 2**64 else "train"

@@ -11,7 +11,7 @@ import dataclasses
 import errno
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from saeforge import __version__
 from saeforge.data.manifest import Manifest
+from saeforge.data.moments import Moments
 from saeforge.data.shards import DTYPES, ROW_FIELDS
 from saeforge.data.tario import no_space
 from saeforge.data.writer import DatasetWriter, SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
@@ -83,22 +84,22 @@ def _run(
                 return finished, False
             if "plan" not in folder.card:
                 work = load(device)
-                _prepare(folder, config, work, rank)
+                prepare(folder, config, work, rank)
         work = work or load(device)
         with folder.alone():
             folder.reread()
-            _register(folder, work)
+            register(folder, work)
         prepared = work.open(folder.root / "tokens")
         _fill(folder, config, work, prepared, rank)
         with folder.alone():
             folder.reread()
-            return _finished(folder) or _finish(folder, config, work, prepared, device), True
+            return _finished(folder) or finish(folder, config, work, prepared), True
 
 
 def _finished(folder: DatasetFolder) -> Manifest | None:
     """Return the manifest of a dataset that lacks nothing. To be called alone."""
     path = folder.root / "manifest.json"
-    if not path.is_file() or "plan" not in folder.card or _writer(folder).missing_buckets():
+    if not path.is_file() or "plan" not in folder.card or open_writer(folder).missing_buckets():
         return None
     manifest = Manifest.load(path)
     if folder.card["status"] != "finished":  # killed between the two
@@ -106,7 +107,7 @@ def _finished(folder: DatasetFolder) -> Manifest | None:
     return manifest
 
 
-def _prepare(folder: DatasetFolder, config: Options, work: Work, rank: Rank) -> None:
+def prepare(folder: DatasetFolder, config: Options, work: Work, rank: Rank) -> None:
     """Store tokens and decide what depends on them and on the model: all processes find it in the card."""
     tokens = folder.root / "tokens"
     tokens.mkdir(exist_ok=True)
@@ -160,7 +161,7 @@ def _plan(config: Options, loaded: LoadedModel, capture: Capture, prepared: Prep
     }
 
 
-def _register(folder: DatasetFolder, work: Work) -> None:
+def register(folder: DatasetFolder, work: Work) -> None:
     """Check that this process has the model that the dataset was begun with, and write down its versions."""
     for name, now in (("model", work.loaded.card), ("tokenizer", work.tokenizer_card)):
         if folder.card[name] != now:
@@ -169,7 +170,7 @@ def _register(folder: DatasetFolder, work: Work) -> None:
     folder.save("harvesting")
 
 
-def _writer(folder: DatasetFolder) -> DatasetWriter:
+def open_writer(folder: DatasetFolder) -> DatasetWriter:
     """Return the writer of the recorded plan."""
     plan = folder.card["plan"]
     return DatasetWriter(
@@ -183,7 +184,7 @@ def _writer(folder: DatasetFolder) -> DatasetWriter:
 
 def _fill(folder: DatasetFolder, config: Options, work: Work, prepared: Prepared, rank: Rank) -> None:
     """Make buckets until all are there: first those of this rank, then what nobody makes; wait for the rest."""
-    writer = _writer(folder)
+    writer = open_writer(folder)
     _check_disk(folder.root, writer, writer.missing_buckets())
     rows = sum(stop - start for start, stop in (writer.bucket_range(*key) for key in writer.buckets()))
     left = rank.own_first(list(writer.buckets()))
@@ -193,7 +194,9 @@ def _fill(folder: DatasetFolder, config: Options, work: Work, prepared: Prepared
         HarvestProgress(rows, writer.committed_rows, silent=rank.number > 0) as progress,
     ):
         while left:
-            elsewhere = [key for key in left if not _attempt(folder, config, writer, prepared, capture, progress, *key)]
+            elsewhere = [
+                key for key in left if not make_bucket(folder, config, writer, prepared, capture, progress, *key)
+            ]
             if len(elsewhere) == len(left):  # all of them are being made by live processes
                 if not said and rank.number == 0:
                     progress.say(f"waiting for other processes to finish {len(left)} buckets of {folder.root}")
@@ -203,7 +206,7 @@ def _fill(folder: DatasetFolder, config: Options, work: Work, prepared: Prepared
             left = elsewhere
 
 
-def _attempt(
+def make_bucket(
     folder: DatasetFolder,
     config: Options,
     writer: DatasetWriter,
@@ -242,11 +245,30 @@ def _attempt(
     return True
 
 
-def _finish(folder: DatasetFolder, config: Options, work: Work, prepared: Prepared, device: str) -> Manifest:
-    """Write the manifest, from nothing but the records and the card. To be called alone."""
+def finish(
+    folder: DatasetFolder,
+    config: Options,
+    work: Work,
+    prepared: Prepared,
+    *,
+    buckets: Sequence[tuple[str, int]] | None = None,
+    moments: Mapping[str, Moments] | None = None,
+) -> Manifest:
+    """Write the manifest, from nothing but the records and the card. To be called alone.
+
+    Args:
+        folder: of the dataset.
+        config: its options.
+        work: model and what it saw.
+        prepared: stored tokens.
+        buckets: the only ones that the dataset has so far; None: all.
+        moments: of the train rows, where none of them is stored; None: those of the records.
+    """
     plan, runs = folder.card["plan"], folder.card["runs"]
-    manifest = _writer(folder).finish(
-        model={**work.loaded.card, "batch_contexts": config.batch_contexts, "device": torch.device(device).type},
+    manifest = open_writer(folder).finish(
+        buckets=buckets,
+        moments=moments,
+        model={**work.loaded.card, "batch_contexts": config.batch_contexts, "device": folder.identity["device"]},
         tokenizer=work.tokenizer_card,
         versions=runs[-1] | {"resumed": runs[:-1]},
         text=work.origin(prepared),
@@ -259,7 +281,7 @@ def _finish(folder: DatasetFolder, config: Options, work: Work, prepared: Prepar
         },
         outliers=plan.get("outliers", {}),
     )
-    folder.save("finished")
+    folder.save("finished" if buckets is None else "harvesting")
     return manifest
 
 

@@ -168,14 +168,19 @@ def load_model(
                 config=config,
                 dtype="auto" if dtype == "auto" else MODEL_DTYPES[dtype],
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a head may be as wide as there are layers (ESM's contacts)
                 trust_remote_code=trust_remote_code,
                 device_map=device_map,
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise load_error(name, "its weights cannot be loaded", error) from error
-    missing = _missing_before(model, resolved, report["missing_keys"])
-    if missing:
-        raise ConfigError(f"model {name!r}: its checkpoint lacks weights that the sites need, for example {missing[0]}")
+    for fault, keys in (
+        ("lacks weights", report["missing_keys"]),
+        ("has other sizes of weights", [key for key, *_ in report["mismatched_keys"]]),
+    ):
+        needed = _needed(model, resolved, keys)
+        if needed:
+            raise ConfigError(f"model {name!r}: its checkpoint {fault} that the sites need, for example {needed[0]}")
     model.eval().requires_grad_(False)
     if device_map is None:
         model.to(device)
@@ -183,6 +188,40 @@ def load_model(
     if device_map is not None:
         card["device_map"] = device_map
     return LoadedModel(model, resolved, getattr(text_config, "max_position_embeddings", None), card)
+
+
+def wrap_module(model: nn.Module, sites: Sequence[str]) -> LoadedModel:
+    """Take a module as it is, set to evaluation, without gradients asked of it by a capture.
+
+    Args:
+        model: any module. One of transformers has its layers' aliases (resid_post.6); others need module paths.
+        sites: site names.
+
+    Raises:
+        ConfigError: no such site.
+    """
+    config: Any = getattr(model, "config", None)
+    total = getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
+    layers = find_layers(model, total) if total else None
+    model_type = getattr(config, "model_type", "")
+    resolved = resolve_sites(model, sites, layers=layers, n_layers=total or 0, model_type=model_type)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    card = {
+        "name": getattr(model, "name_or_path", "") or type(model).__name__,
+        "revision": getattr(config, "_commit_hash", None),
+        "files_sha256": None,
+        "weights_sha256": digest.hexdigest(),
+        "class": type(model).__name__,
+        "model_type": model_type or None,
+        "dtype": str(next((p.dtype for p in model.parameters()), torch.float32)).removeprefix("torch."),
+        "attention": getattr(config, "_attn_implementation", None),
+        "layers": total,
+        "layers_loaded": total,
+    }
+    return LoadedModel(model.eval(), resolved, None, card)
 
 
 def check_device_map(device_map: DeviceMap) -> None:
@@ -246,8 +285,8 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _missing_before(model: nn.Module, sites: Sequence[Site], missing: Sequence[str]) -> list[str]:
-    """Return the missing weights that run before the end of the last site (a pooler after it does not matter)."""
+def _needed(model: nn.Module, sites: Sequence[Site], keys: Sequence[str]) -> list[str]:
+    """Return those of the weights that run before the end of the last site (a pooler after it does not matter)."""
     names = list(dict(model.named_modules()))
     last = max(
         number
@@ -255,7 +294,7 @@ def _missing_before(model: nn.Module, sites: Sequence[Site], missing: Sequence[s
         if any(name == site.module_path or name.startswith(f"{site.module_path}.") for site in sites)
     )
     before = set(names[: last + 1])
-    return [key for key in missing if key.rpartition(".")[0] in before]
+    return [key for key in keys if key.rpartition(".")[0] in before]
 
 
 def _model_type(folder: Path) -> str | None:

@@ -96,12 +96,12 @@ def write_contexts(
     hashes = {}
     for name, array in arrays.items():
         path = folder / f"{split}.{name}.npy"
-        _save(path, array)
+        save_array(path, array)
         hashes[path.name] = hash_file(path)
     return hashes
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy` file durably; numpy's own writer reports a full disk without saying that it is one."""
     with path.open("wb") as file:
         file.write(npy_header(array, 128))
