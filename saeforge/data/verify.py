@@ -93,6 +93,8 @@ class _Verifier:
         families = [site.shards for site in sites] + [manifest.rows]
         self._total = sum(shard.nbytes for family in families for shards in family.values() for shard in shards)
         self._done = 0
+        self._size = 0  # of the file that is read
+        self._window = "", 0, memoryview(b"")
 
     def findings(self) -> Iterator[Finding]:
         """Yield all that is wrong."""
@@ -120,6 +122,7 @@ class _Verifier:
             if fault:
                 yield Finding(file, None, fault)
             if size is not None:
+                self._size = size
                 yield from self._shard(file, shard, kind, split, about, whole=fault is None)
 
     def _shard(
@@ -191,18 +194,21 @@ class _Verifier:
                 yield Finding(file, None, "its sha256 does not match, though every block is right")
 
     def _bytes(self, file: str, offset: int, count: int) -> memoryview:
-        if count < 0:
-            raise DatasetError("the manifest's offsets overlap")
-        buffer = memoryview(bytearray(count))
-        try:
-            self.storage.read(file, offset, buffer, "")
-        except DatasetError as error:
-            raise DatasetError(str(error).removeprefix(": ")) from error
-        finally:
-            self._done += count
-            if self._progress:
-                self._progress(min(self._done, self._total), self._total)
-        return buffer
+        """Return some bytes of a file; small ones are read many at once, a request each would take long."""
+        name, start, window = self._window
+        if name != file or not start <= offset <= offset + count <= start + len(window):
+            if count < 0:
+                raise DatasetError("the manifest's offsets overlap")
+            start, window = offset, memoryview(bytearray(max(count, min(CHUNK_BYTES, self._size - offset))))
+            try:
+                self.storage.read(file, offset, window, "")
+            except DatasetError as error:
+                raise DatasetError(str(error).removeprefix(": ")) from error
+            self._window = file, start, window
+        self._done += count
+        if self._progress:
+            self._progress(min(self._done, self._total), self._total)
+        return window[offset - start : offset - start + count]
 
     def _records(self) -> Iterator[Finding]:
         """Compare the commit records with the manifest."""
