@@ -86,10 +86,11 @@ def write_shard(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> ShardRe
     return ShardRecord(path.name, position, digest.hexdigest(), tuple(blocks))
 
 
-def no_space(folder: Path, wanted: int) -> SaeforgeError:
-    """Return the error for a full disk: how much is free, how much was wanted, what to do."""
-    free = shutil.disk_usage(folder).free
+def no_space(folder: Path, written: int) -> SaeforgeError:
+    """Return the error for a full disk: how much is free, how far the shard in writing was, what to do."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    so_far = f", the shard in writing has {written / 2**20:.1f} MiB so far" if written else ""
     return SaeforgeError(
-        f"no space left under {folder}: {free / 2**20:.0f} MiB free, the shard in writing has {wanted / 2**20:.0f} MiB "
-        "so far; free some space and run the same command again (what is finished is kept), or choose another --out"
+        f"no space left under {folder}: {shutil.disk_usage(there).free / 2**20:.1f} MiB free{so_far}; free some space "
+        "and run the same command again (what is finished is kept), or choose another --out"
     )
