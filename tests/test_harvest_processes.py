@@ -150,7 +150,7 @@ def test_processes_share_the_work_and_one_is_killed(
     assert [result["status"] for result in results] == [-9, *[0] * (count - 1)], results
     made = [bucket for result in results for bucket in result["made"]]
     assert sorted(made) == sorted(whole["made"]), "each bucket is committed once"
-    assert all(result["made"] for result in results)
+    assert all(result["made"] for result in results[1:])
     assert_same(tmp_path / "o", whole)
 
 
