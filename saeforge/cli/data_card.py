@@ -16,7 +16,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 MAX_LABELS = 12
 TEXT_WIDTH = 100
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Sequence[int]], list[str]]
 
 
 def card_lines(facts: dict[str, Any], decode: Decode | None) -> Iterator[str]:
@@ -24,7 +24,7 @@ def card_lines(facts: dict[str, Any], decode: Decode | None) -> Iterator[str]:
 
     Args:
         facts: as `describe_dataset` returns them.
-        decode: token ids to text; None shows the ids.
+        decode: token ids to the text of each; None shows the ids.
     """
     yield f"dataset     {facts['path']} ({_status(facts)})"
     yield f"model       {_model(facts['model'])}"
@@ -83,10 +83,9 @@ def decoder(model: dict[str, Any], wanted: str) -> Decode | None:
             raise
         return None
 
-    def decode(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+    from saeforge.features.pieces import Pieces
 
-    return decode
+    return Pieces(tokenizer)
 
 
 def size(count: int) -> str:
@@ -249,10 +248,13 @@ def _sample(sample: dict[str, Any], decode: Decode | None) -> Iterator[str]:
         f"  {sample['split']} block {sample['block']}: norm {sample['norm']:.4g}, document {sample['document']}{place},"
         f" token {sample['position']}"
     )
+    if sample["token"] is None:
+        return
     if decode is None:
         ids = [*map(str, sample["before"]), f"[{sample['token']}]", *map(str, sample["after"])]
         yield f"    token ids {' '.join(ids)}"
         return
-    before, token, after = (decode(ids) for ids in (sample["before"], [sample["token"]], sample["after"]))
-    text = f"{before}[{token}]{after}"
+    at = len(sample["before"])
+    pieces = decode([*sample["before"], sample["token"], *sample["after"]])
+    text = f"{''.join(pieces[:at])}[{pieces[at]}]{''.join(pieces[at + 1 :])}"
     yield "    " + text.replace("\n", "⏎").replace("\t", "⇥")[: 2 * TEXT_WIDTH]

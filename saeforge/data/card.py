@@ -154,6 +154,7 @@ def _samples(
     dataset = ActivationDataset.open(path, site=site.id)
     split = "validation" if dataset.n_blocks("validation") else "train"
     names = _document_names(storage)
+    known = bool(manifest.packing) or manifest.text.get("token_ids") is True
     found = []
     blocks = np.linspace(0, dataset.n_blocks(split) - 1, num=min(count, dataset.n_blocks(split)))
     for block in dict.fromkeys(int(i) for i in blocks):
@@ -170,7 +171,7 @@ def _samples(
                 "name": names.get(document) or _source_file(manifest, document),
                 "position": position,
                 "context": context,
-                "token": token,
+                "token": token if known else None,
                 "before": before,
                 "after": after,
             }

@@ -16,6 +16,7 @@ from saeforge.errors import DatasetError
 
 _MAX_EXTENSION = 2**20
 _TAR = 512
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 def scan_tar(path: Path, key: str | None = None) -> list[Span]:
@@ -53,6 +54,8 @@ def tar_members(file: Headers, path: Path) -> Iterator[tuple[str, int, int]]:
     sizes: int | None = None
     while True:
         header = file.read(position, _TAR, short=True)
+        if not position and header.startswith(_COMPRESSED):
+            raise DatasetError(f"{path} is compressed, which cannot be read by offset; unpack it first")
         if len(header) < _TAR:
             raise DatasetError(
                 f"{path} ends after {last} without the mark of its end: truncated, rows are missing; copy it again"
@@ -106,11 +109,7 @@ def _tar_header(header: bytes, path: Path, last: str) -> tuple[str, str, int]:
         stored = -1
     actual = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if stored != actual:
-        compressed = header[:2] == b"\x1f\x8b" or header[:4] in (b"\x28\xb5\x2f\xfd", b"\xfd7zX")
-        what = (
-            "is compressed, which cannot be read by offset; unpack it first" if compressed else "is damaged or no tar"
-        )
-        raise DatasetError(f"{path} {what}" if compressed else f"{where} {what}; copy the file again")
+        raise DatasetError(f"{where} is damaged, or the file is no tar; copy it again")
     field = header[124:136]
     try:
         binary = field[0] & 0x80  # GNU: sizes from 8 GiB on in base 256

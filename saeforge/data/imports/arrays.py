@@ -51,6 +51,10 @@ class ForeignArray(Protocol):
     def context(self) -> int | None:
         """Rows of a context, where there are contexts."""
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the token of each row is known."""
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop."""
 
@@ -79,6 +83,11 @@ class SpanArray:
     def where(self) -> str:
         """For messages."""
         return self.span.where
+
+    @property
+    def has_tokens(self) -> bool:
+        """No: there is nothing but numbers."""
+        return False
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return rows start to stop in the dtype of the file."""

@@ -137,7 +137,7 @@ def import_activations(
             done += sizes[split, bucket]
         manifest = writer.finish(
             model={"name": model} if model else {},
-            text={"source": "import", "sources": table},
+            text={"source": "import", "sources": table, "token_ids": all(array.has_tokens for array in arrays)},
             shuffle={"seed": seed, "bucket_rows": bucket_rows, "generator": "numpy-philox", "shuffled": shuffle},
         )
         write_json(root / CARD, {**card, "status": "finished"})

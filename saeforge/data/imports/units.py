@@ -87,6 +87,6 @@ def _striped(units: int, share: float) -> np.ndarray:
     held_out = np.zeros(units, dtype=bool)
     stripes = max(1, min(STRIPES, wanted))
     for stripe in range(stripes):
-        end = (stripe + 1) * units // stripes
-        held_out[end - ((stripe + 1) * wanted // stripes - stripe * wanted // stripes) : end] = True
+        start, end = stripe * units // stripes, (stripe + 1) * units // stripes
+        held_out[end - (end * wanted // units - start * wanted // units) : end] = True
     return held_out
