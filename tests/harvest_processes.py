@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import signal
@@ -23,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers  # noqa: F401 (children find it loaded)
+from transformers import AutoModel, AutoTokenizer  # noqa: F401 (these too)
 
-from saeforge.cli import harvest as command
+from saeforge.cli.main import main
 from saeforge.data import tario
 from saeforge.data.moments import Moments
 from saeforge.data.writer import DatasetWriter
-from saeforge.harvest import buckets, prepare, run  # noqa: F401 (children find them loaded)
 from saeforge.lm.capture import Capture
 from saeforge.lm.tokens import Cutter
 
@@ -102,8 +102,6 @@ def _child(job: dict[str, Any], folder: Path) -> int:
 
     DatasetWriter.write_bucket = write_bucket  # type: ignore[method-assign]
     argv = [f"--{k}={json.dumps(v) if isinstance(v, list | None) else v}" for k, v in job["options"].items()]
-    from saeforge.cli.main import main
-
     return int(main(["harvest", *argv]))
 
 
@@ -132,6 +130,8 @@ def _start(job: dict[str, Any], folder: Path) -> int:
 
 def _serve() -> None:
     torch.set_num_threads(1)
+    for module in ("saeforge.cli.harvest", "saeforge.harvest.run", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(module)  # children find them loaded
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as name:
             jobs = json.loads(line)
@@ -147,5 +147,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    assert command is not None
     _serve()
