@@ -210,7 +210,7 @@ class Frames(nn.Module):
         self.head = nn.Linear(8, 2)
 
     def forward(self, sound: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.layer(sound)))  # type: ignore[no-any-return]
+        return self.head(torch.relu(self.layer(sound)))
 
 
 def sounds(numbers: list[int]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Harvested rows equal those of an independent hook, one document at a time, for nine architectures.
 
-The rule: models run in float32 and rows are stored as bfloat16. A stored value may differ from the hook's by one unit in
-the last place of bfloat16 at the hook's value (2**-7 of its power of two), or, where it is near zero, by 2**-18 of the
-largest value of its row: float32 sums in another order, for the harvest pads, packs and batches and the hook does not.
+The rule: models run in float32 and rows are stored as bfloat16. A stored value may differ from the hook's by one unit
+in the last place of bfloat16 at the hook's value (2**-7 of its power of two), or, where it is near zero, by 2**-18 of
+the largest value of its row: float32 sums come in another order, as the harvest pads, packs and batches.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def worst(stored: torch.Tensor, expected: torch.Tensor) -> float:
 
 def check(root: Path, expected: dict[tuple[int, int], dict[str, torch.Tensor]]) -> np.ndarray:
     """Compare every stored row of every site; return the provenance."""
-    rows = np.empty((0, 4))
+    rows = np.empty((0, 4), dtype=np.int64)
     for site in SITES:
         dataset = ActivationDataset.open(root, site=site)
         assert dataset.dtype == torch.bfloat16
