@@ -18,10 +18,11 @@ PASSING = ("500", "503", "429", "drop", "short", "wrong", "slow", "shifted", "cl
 
 @dataclass
 class Asked:
-    """One request: the file and its range header, None for the whole file."""
+    """One request: the file, its range header (None for the whole file), and who says to be asking."""
 
     file: str
     range: str | None
+    authorization: str | None = None
 
 
 @dataclass
@@ -83,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer with the file, its range, or a fault."""
         place = unquote(self.path).removeprefix("/moved")
-        asked = Asked(place.removeprefix("/data/"), self.headers.get("Range"))
+        asked = Asked(place.removeprefix("/data/"), self.headers.get("Range"), self.headers.get("Authorization"))
         self.told.asked.append(asked)
         fault = self.told.fault(asked)
         path = self.told.root / asked.file

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import unquote
 
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
@@ -276,7 +277,7 @@ def test_what_is_no_dataset_is_refused_before_anything_is_read(location: str, wo
         ActivationDataset.open(location)
 
 
-@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("hf", "huggingface_hub")])
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("https", "aiohttp")])
 def test_a_missing_package_is_named_with_its_command(
     scheme: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +287,31 @@ def test_a_missing_package_is_named_with_its_command(
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(DatasetError, match=rf"{scheme}:// needs the package {package}; pip install {package}$"):
         ActivationDataset.open(f"{scheme}://bucket/acts")
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("hf://datasets/me/acts", "datasets/me/acts/resolve/main"),
+        ("hf://datasets/me/acts@v2/layer 3/", "datasets/me/acts/resolve/v2/layer%203"),
+        ("hf://me/acts@refs/pr/7/a/b", "me/acts/resolve/refs%2Fpr%2F7/a/b"),
+    ],
+)
+def test_the_hub_is_read_by_ranges_at_the_files_own_addresses(
+    dataset: Path, tmp_path: Path, url: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    shutil.copytree(dataset, tmp_path / "hub" / unquote(place))
+    with serve(tmp_path / "hub") as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        remote = ActivationDataset.open(url)
+        assert remote.location == url.rstrip("/")
+        assert torch.equal(remote.read_block("train", 3), ActivationDataset.open(dataset).read_block("train", 3))
+        assert {asked.authorization for asked in server.asked} == {"Bearer hf_me"}
+    with pytest.raises(DatasetError, match="expected hf://datasets/USER/NAME or"):
+        ActivationDataset.open("hf://datasets")
 
 
 def test_a_password_is_used_and_never_shown() -> None:

@@ -1,8 +1,8 @@
 """A dataset behind a URL: ranges through fsspec, tried again with back-off, checked, and kept in a local cache.
 
 Environment: SAEFORGE_READ_TRIES (5), SAEFORGE_READ_WAIT (0.5 s before the first retry, doubled each time, with jitter),
-SAEFORGE_READ_TIMEOUT (60 s for one request). Credentials are those of the package behind the scheme (s3fs, gcsfs,
-huggingface_hub; for http a ~/.netrc).
+SAEFORGE_READ_TIMEOUT (60 s for one request). Credentials are those of the package behind the scheme (s3fs, gcsfs), of
+`hf auth login`, and for http of a ~/.netrc.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from saeforge.data.cache import Cache, number_from
 from saeforge.data.storage import Extent, ReadCounts, Storage
@@ -31,6 +32,8 @@ CHUNK_BYTES = 1 << 23  # of a file that is downloaded whole
 SIZES_AT_ONCE = 16
 LONGEST_WAIT = 30.0
 WORTH_ANOTHER_TRY = {408, 425, 429}  # and all of 5xx
+WEB = ("http", "https", "hf")  # asked by our own requests, so that no answer but the true one counts
+HUB = re.compile(r"(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.+))?")
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,14 @@ class RemoteStorage(Storage):
         self.scheme, _, rest = url.partition("://")
         if not rest.strip("/") or re.search(r"[?#]", rest):
             raise DatasetError(f"{url}: expected the address of a dataset's folder, without ? or #")
-        self._url = url.rstrip("/")
-        host, slash, path = self._url.removeprefix(f"{self.scheme}://").partition("/")
         # A name and password are for reading, not for messages, checkpoints or published SAEs.
-        if self.scheme in ("http", "https"):
-            host = host.rpartition("@")[2]
-        self.location = f"{self.scheme}://{host}{slash}{path}"
+        host, slash, path = rest.rstrip("/").partition("/")
+        shown = host.rpartition("@")[2] if self.scheme in ("http", "https") else host
+        self.location = f"{self.scheme}://{shown}{slash}{path}"
+        self._url = url.rstrip("/")
+        self._headers: dict[str, str] = {}
+        if self.scheme == "hf":
+            self._url, self._headers = _on_the_hub(rest.rstrip("/"), self.location)
         self.counts = ReadCounts()
         self.patience = patience or Patience.from_environment()
         self.cache = cache or Cache.from_environment()
@@ -182,7 +187,7 @@ class RemoteStorage(Storage):
 
     def _size(self, file: str) -> int | None:
         def ask() -> int:
-            if self.scheme in ("http", "https"):
+            if self.scheme in WEB:
                 return int(self._http(file, 0, 1)[1])
             size = self._in_time(lambda: self._files().info(self._path(file)))["size"]
             if size is None:
@@ -240,7 +245,7 @@ class RemoteStorage(Storage):
 
     def _fetch(self, file: str, offset: int, count: int | None) -> memoryview:
         """Return `count` bytes from `offset` on, or the whole file."""
-        if self.scheme in ("http", "https"):
+        if self.scheme in WEB:
             return memoryview(self._http(file, offset, count)[0])
         path, end = self._path(file), None if count is None else offset + count
         return memoryview(self._in_time(lambda: self._files().cat_file(path, start=offset, end=end)))
@@ -250,8 +255,9 @@ class RemoteStorage(Storage):
         from fsspec.asyn import sync  # type: ignore[import-untyped]
 
         files = self._files()
+        headers = {**self._headers, "Accept-Encoding": "identity"}
         answer: tuple[bytes, int] = sync(
-            files.loop, _get, files, self._path(file), offset, count, self.patience.timeout
+            files.loop, _get, files, self._path(file), headers, offset, count, self.patience.timeout
         )
         return answer
 
@@ -276,9 +282,7 @@ class RemoteStorage(Storage):
         return value
 
     def _path(self, file: str) -> str:
-        if self.scheme in ("http", "https"):
-            from urllib.parse import quote
-
+        if self.scheme in WEB:
             return f"{self._url}/{quote(file)}"
         return str(self._files()._strip_protocol(f"{self._url}/{file}"))
 
@@ -289,24 +293,47 @@ class RemoteStorage(Storage):
                 import fsspec  # type: ignore[import-untyped]
 
                 options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-                if self.scheme in ("http", "https"):
+                if self.scheme in WEB:
                     options["client_kwargs"] = {"trust_env": True}  # proxies, and passwords from ~/.netrc
                 try:
-                    made = fsspec.filesystem(self.scheme, **options)
+                    made = fsspec.filesystem("https" if self.scheme in WEB else self.scheme, **options)
                 except ImportError as error:
-                    package = PACKAGES.get(self.scheme, "fsspec")
-                    raise DatasetError(
-                        f"{self.location}: {self.scheme}:// needs the package {package}; pip install {package}"
-                    ) from error
+                    raise _no_package(self.location, PACKAGES.get(self.scheme, "fsspec")) from error
                 self._filesystem = (os.getpid(), made)
             return self._filesystem[1]
 
 
-async def _get(files: Any, url: str, offset: int, count: int | None, timeout: float) -> tuple[bytes, int]:
+def _no_package(location: str, package: str) -> DatasetError:
+    scheme = location.partition("://")[0]
+    return DatasetError(f"{location}: {scheme}:// needs the package {package}; pip install {package}")
+
+
+def _on_the_hub(path: str, location: str) -> tuple[str, dict[str, str]]:
+    """Return the web address of a folder in a repository, and who asks.
+
+    fsspec's own way would ask the hub's API about each block before reading it, and soon be told to slow down.
+    """
+    try:
+        from huggingface_hub import get_token, hf_hub_url
+    except ImportError as error:
+        raise _no_package(location, "huggingface_hub") from error
+    found = HUB.fullmatch(path)
+    if found is None:
+        raise DatasetError(f"{location}: expected hf://datasets/USER/NAME or hf://datasets/USER/NAME@REVISION/FOLDER")
+    kind, name, revision, folder = found.groups()
+    url = hf_hub_url(
+        name, f"{folder}/x" if folder else "x", repo_type=kind.rstrip("s") if kind else None, revision=revision
+    )
+    token = get_token()
+    return url.removesuffix("/x"), {"Authorization": f"Bearer {token}"} if token else {}
+
+
+async def _get(
+    files: Any, url: str, headers: dict[str, str], offset: int, count: int | None, timeout: float
+) -> tuple[bytes, int]:
     """Ask for a range; with `count` None for the file as it is now, past every proxy's memory."""
     import aiohttp
 
-    headers = {"Accept-Encoding": "identity"}
     if count is None:
         headers["Cache-Control"] = "no-cache"
     else:
@@ -325,7 +352,7 @@ async def _get(files: Any, url: str, offset: int, count: int | None, timeout: fl
         if status in WORTH_ANOTHER_TRY or status >= 500:
             raise OSError(f"HTTP {status}")
         if status in (401, 403):
-            raise Refused(f"HTTP {status}: not allowed; give the right to read it (for http a ~/.netrc)")
+            raise Refused(f"HTTP {status}: not allowed; log in first (http: ~/.netrc, hf: `hf auth login`)")
         if count is None and status == 200:
             content = await response.read()
             return content, len(content)

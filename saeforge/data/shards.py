@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from saeforge.data.manifest import BlockRecord, Manifest, ShardRecord, SiteRecord, no_manifest
-from saeforge.data.storage import Extent, ReadCounts, Storage, open_storage
+from saeforge.data.storage import Extent, LocalStorage, ReadCounts, Storage, open_storage
 from saeforge.errors import DatasetError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -188,7 +188,10 @@ def load_manifest(storage: Storage) -> Manifest:
     storage.check()
     content = storage.read_file("manifest.json")
     if content is None:
-        raise no_manifest(storage.name("").rstrip("/"))
+        place = storage.name("").rstrip("/")
+        if isinstance(storage, LocalStorage):
+            raise no_manifest(place)
+        raise DatasetError(f"no manifest.json in {place}: expected a finished activation dataset; check the address")
     try:
         return Manifest.parse(content, storage.name("manifest.json"))
     except DatasetError:
