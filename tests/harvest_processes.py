@@ -41,7 +41,8 @@ class Steps:
 
     def __init__(self, log: Path, at: int | tuple[str, int] | None, what: str) -> None:
         self.log = log.open("w", buffering=1)
-        self.kind, self.at = (None, at) if at is None or isinstance(at, int) else at
+        self.kind: str | None = None if at is None or isinstance(at, int) else at[0]
+        self.at: int | None = at if at is None or isinstance(at, int) else at[1]
         self.what = what
         self.count = 0
         self.lock = threading.Lock()
