@@ -190,3 +190,22 @@ def test_dtype_is_that_of_the_checkpoint_unless_asked(tmp_path: Path) -> None:
     llama = save_model("llama", tmp_path / "llama", dtype=torch.bfloat16)
     assert load_model(str(llama), ["layers.0"]).card["dtype"] == "bfloat16"
     assert load_model(str(llama), ["layers.0"], dtype="float32").card["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("resid_post.*", ["h.0:out", "h.1:out", "h.2:out", "h.3:out"]),
+        ("resid_pre.[13]", ["h.1:in", "h.3:in"]),
+        ("h.*.mlp:in", ["h.0.mlp:in", "h.1.mlp:in", "h.2.mlp:in", "h.3.mlp:in"]),
+        ("h.?", ["h.0:out", "h.1:out", "h.2:out", "h.3:out"]),
+    ],
+)
+def test_patterns_stand_for_sites_in_the_models_order(gpt2: Path, pattern: str, found: list[str]) -> None:
+    assert sites_of(gpt2, pattern) == found
+
+
+def test_a_pattern_like_no_site_is_an_error(gpt2: Path) -> None:
+    for pattern in ("resid_post.9*", "layers.*", "resid_mid.*"):
+        with pytest.raises(ConfigError):
+            sites_of(gpt2, pattern)

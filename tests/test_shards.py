@@ -308,7 +308,7 @@ def test_a_record_of_another_configuration_or_with_a_lost_shard_does_not_count(t
         write_bucket(w, *key)
     assert w.missing_buckets() == []
     assert len(make_writer(tmp_path, sha="y").missing_buckets()) == 5
-    (tmp_path / "rows" / w._record("train", 2)["shards"]["rows"][0]["file"]).unlink()  # type: ignore[index]
+    (tmp_path / "rows" / w.record("train", 2)["shards"]["rows"][0]["file"]).unlink()  # type: ignore[index]
     assert w.missing_buckets() == [("train", 2)]
     record = tmp_path / "index" / "train-000004.json"
     record.write_text(record.read_text().replace("2144", "2145"))

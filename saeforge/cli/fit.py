@@ -82,6 +82,8 @@ class FitCLI(LightningCLI):
         config = self.config["fit"]
         run = Path(config["run"])
         check_free(run, resume=config["ckpt_path"] is not None, overwrite=config["overwrite"])
+        if config["data"]["source"] == "live" and config["data"]["path"] is None:
+            config["data"]["path"] = str(run / "data")
         loggers = config["trainer"]["logger"]
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             options = getattr(logger, "init_args", None)

@@ -55,6 +55,7 @@ class BlockSource(Protocol):
         widths: of each tensor of a block. dtypes: of each.
         statistics: of the training rows of each.
         pairs: which tensors train which SAE.
+        unit: neighbouring rows that belong together and stay so, a power of two; 1: none do.
         fingerprint: changes whenever the data does.
     """
 
@@ -62,6 +63,7 @@ class BlockSource(Protocol):
     dtypes: tuple[torch.dtype, ...]
     statistics: tuple[Statistics, ...]
     pairs: tuple[Pair, ...]
+    unit: int
     fingerprint: str
 
     def n_blocks(self, split: str) -> int:
@@ -84,6 +86,9 @@ class BlockSource(Protocol):
 
     def counters(self) -> dict[str, float]:
         """What reading has met so far, for the logger: retries, bytes from a cache; empty if nothing can happen."""
+
+    def close(self) -> None:
+        """Lets go of what the source holds (a model, a lock); called once, when training is over."""
 
 
 def empty_rows(source: BlockSource, rows: int, *, device: torch.device | None = None, pinned: bool = False) -> Rows:
@@ -124,6 +129,7 @@ class ShardSource:
         first = self.datasets[0]
         self.manifest = first.manifest
         self.fingerprint = first.fingerprint
+        self.unit = int(self.manifest.shuffle.get("group_rows", 1))
         self.widths = tuple(dataset.d for dataset in self.datasets)
         self.dtypes = tuple(dataset.dtype for dataset in self.datasets)
         self.statistics = tuple(dataset.site.statistics for dataset in self.datasets)
@@ -167,6 +173,9 @@ class ShardSource:
             "cache_gb": sum(count.cache_bytes for count in counts) / 1e9,
         }
 
+    def close(self) -> None:
+        """See `BlockSource`; no file is open."""
+
 
 class TensorSource:
     """Rows in memory; the last share of a seeded permutation of blocks is held out for validation.
@@ -195,6 +204,7 @@ class TensorSource:
         self.y = None if target is None else _rows(target, "target")
         if self.y is not None and len(self.y) != len(self.x):
             raise ConfigError(f"X has {len(self.x)} rows and target {len(self.y)}; expected one target row per row")
+        self.unit = 1
         self._tensors = (self.x,) if self.y is None else (self.x, self.y)
         self.widths = tuple(tensor.shape[1] for tensor in self._tensors)
         self.dtypes = tuple(tensor.dtype for tensor in self._tensors)
@@ -245,6 +255,9 @@ class TensorSource:
     def counters(self) -> dict[str, float]:
         """See `BlockSource`."""
         return {}
+
+    def close(self) -> None:
+        """See `BlockSource`; nothing is held but memory."""
 
     def _statistics(self) -> tuple[Statistics, ...]:
         moments = [Moments.empty(width) for width in self.widths]

@@ -34,6 +34,7 @@ from saeforge.data.manifest import (
 )
 from saeforge.data.moments import Moments
 from saeforge.data.shards import DTYPES, ROW_FIELDS, ROWS_FOLDER, check_size
+from saeforge.data.storage import Extent, LocalStorage
 from saeforge.data.tario import write_shard
 from saeforge.errors import DatasetError
 
@@ -184,7 +185,7 @@ class DatasetWriter:
 
     def has_bucket(self, split: str, bucket: int) -> bool:
         """Whether a bucket is committed and its shards are there with their sizes."""
-        return self._record(split, bucket) is not None
+        return self.record(split, bucket) is not None
 
     def committed_rows(self) -> int:
         """Return the kept rows of the buckets that have a record: a look at one folder, for showing progress."""
@@ -255,10 +256,18 @@ class DatasetWriter:
         }
         write_json(self._index_path(split, bucket), {**record, "sha256": sha256_json(record)})
 
-    def finish(self, **provenance: Any) -> Manifest:
+    def finish(
+        self,
+        *,
+        buckets: Sequence[tuple[str, int]] | None = None,
+        moments: Mapping[str, Moments] | None = None,
+        **provenance: Any,
+    ) -> Manifest:
         """Merge the commit records into `manifest.json`, written last, and return it.
 
         Args:
+            buckets: those that the dataset has; None: all of them.
+            moments: per site id, of the train rows; None: as stored.
             provenance: the remaining fields of `Manifest` (model, tokenizer, versions, text, packing, shuffle,
                 outliers). `alignment_sha256`, if not given, is taken from the tokens' files and the stored provenance;
                 `outliers` gets the rows over each site's threshold.
@@ -269,31 +278,34 @@ class DatasetWriter:
         shards: dict[str, dict[str, list[ShardRecord]]] = {
             name: {split: [] for split in self.splits} for name in (ROWS_FOLDER, *(site.id for site in self.sites))
         }
-        moments = {site.id: Moments.empty(site.d) for site in self.sites}
+        summed = {site.id: Moments.empty(site.d) for site in self.sites}
         over = {site.id: 0 for site in self.sites}
         stored, outliers = dict.fromkeys(self.splits, 0), dict.fromkeys(self.splits, 0)
-        for split, bucket in self.buckets():
-            record = self._record(split, bucket)
+        kept = dict.fromkeys(self.splits, 0)
+        if buckets is None:
+            kept = {name: plan.kept_rows for name, plan in self.splits.items()}
+        for split, bucket in self.buckets() if buckets is None else buckets:
+            record = self.record(split, bucket)
             if record is None:
                 raise DatasetError(f"{self.root}: {split} bucket {bucket} is missing; run the same harvest command")
             for name, items in record["shards"].items():
                 shards[name][split] += [shard_from_json(item) for item in items]
             stored[split] += record["stored_rows"]
+            if buckets is not None:
+                kept[split] += record["rows"][1] - record["rows"][0]
             outliers[split] += record["outlier_rows"]
             for name, count in record["outliers"].items():
                 over[name] += count
             if split == "train":
-                moments = {
-                    key: total.merge(Moments.from_json(record["moments"][key])) for key, total in moments.items()
-                }
-        if not stored["train"]:
+                summed = {key: total.merge(Moments.from_json(record["moments"][key])) for key, total in summed.items()}
+        if not stored["train"] and moments is None:
             raise DatasetError(f"{self.root}: every training row is an outlier; give a larger max_norm, or null")
         frozen = {name: {split: tuple(items) for split, items in family.items()} for name, family in shards.items()}
         sites = [
             SiteRecord(
                 **dataclasses.asdict(site),
                 folder=site.folder,
-                statistics=moments[site.id].statistics(),
+                statistics=(moments or summed)[site.id].statistics(),
                 shards=frozen[site.id],
             )
             for site in self.sites
@@ -302,7 +314,7 @@ class DatasetWriter:
             name: SplitRecord(
                 plan.block_rows,
                 stored[name] // plan.block_rows,
-                plan.kept_rows - stored[name] - outliers[name],
+                kept[name] - stored[name] - outliers[name],
                 outliers[name],
             )
             for name, plan in self.splits.items()
@@ -351,7 +363,7 @@ class DatasetWriter:
             (f"{first_block + i:08d}.{kind}.npy", data[i * block_rows : (i + 1) * block_rows])
             for i in range(len(data) // block_rows)
         ]
-        paths, shard_blocks = self._shard_paths(name, data.strides[0], split, bucket)
+        paths, shard_blocks = self._shard_paths(name, data.shape[1] * data.itemsize, split, bucket)
         starts = range(0, len(blocks), shard_blocks)
         return [
             pool.submit(write_shard, path, blocks[start : start + shard_blocks])
@@ -369,7 +381,7 @@ class DatasetWriter:
                 if stale.name.partition(".part-")[0] in names:
                     stale.unlink(missing_ok=True)
 
-    def _record(self, split: str, bucket: int) -> dict[str, Any] | None:
+    def record(self, split: str, bucket: int) -> dict[str, Any] | None:
         """Return the commit record of a bucket if it is whole and its shards are there."""
         try:
             record = json.loads(self._index_path(split, bucket).read_bytes())
@@ -387,6 +399,29 @@ class DatasetWriter:
         except DatasetError:
             return None
         return dict(record)
+
+
+def read_bucket(writer: DatasetWriter, split: str, bucket: int) -> list[torch.Tensor]:
+    """Return the rows of a committed bucket, (rows, d) for each of the writer's sites, checked.
+
+    Raises:
+        DatasetError: it is not there, or damaged.
+    """
+    record = writer.record(split, bucket)
+    if record is None:
+        raise DatasetError(f"{writer.root}: {split} bucket {bucket} is not there")
+    storage = LocalStorage(writer.root)
+    parts = []
+    for site in writer.sites:
+        rows = torch.empty(record["stored_rows"], site.d, dtype=DTYPES[site.dtype])
+        memory, at = rows.view(torch.uint8).numpy().reshape(-1).data, 0
+        for shard in map(shard_from_json, record["shards"][site.id]):
+            for number, block in enumerate(shard.blocks):
+                extent = Extent(f"{site.folder}/{shard.file}", block.offset, block.crc32, shard.sha256, number)
+                storage.read_block(extent, memory[at : at + block.nbytes])
+                at += block.nbytes
+        parts.append(rows)
+    return parts
 
 
 def _moments(block: np.ndarray) -> Moments:

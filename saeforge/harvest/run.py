@@ -102,9 +102,20 @@ def _finished(folder: DatasetFolder) -> Manifest | None:
     if not path.is_file() or "plan" not in folder.card or open_writer(folder).missing_buckets():
         return None
     manifest = Manifest.load(path)
+    if not covers(manifest, open_writer(folder)):  # a live run's, of its held-out rows alone
+        return None
     if folder.card["status"] != "finished":  # killed between the two
         folder.save("finished")
     return manifest
+
+
+def covers(manifest: Manifest, writer: DatasetWriter) -> bool:
+    """Whether a manifest accounts for every kept row of the plan."""
+    rows = {
+        name: split.n_blocks * split.block_rows + split.dropped_rows + split.outlier_rows
+        for name, split in manifest.splits.items()
+    }
+    return rows == {name: plan.kept_rows for name, plan in writer.splits.items()}
 
 
 def prepare(folder: DatasetFolder, config: Options, work: Work, rank: Rank) -> None:

@@ -5,6 +5,8 @@ Paths are those of the base model (`AutoModel`); the prefix of a head model (`mo
 
 Aliases, K being a layer: `resid_pre.K`, `resid_post.K`, `attn_out.K`, `mlp_out.K`, and TransformerLens'
 `blocks.K.hook_resid_pre` and so on. An alias means what is added to, or stands in, the residual stream.
+
+`*`, `?` and `[...]` in a name or alias stand for several sites: `resid_post.*`, `resid_post.[0-3]`, `layers.*.mlp`.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from saeforge.errors import ConfigError
 
-_ALIAS = re.compile(r"(?:blocks\.(\d+)\.hook_(\w+)|(resid_pre|resid_post|resid_mid|attn_out|mlp_out)\.(\d+))")
+_KINDS = ("resid_pre", "resid_post", "resid_mid", "attn_out", "mlp_out")
+_ALIAS = re.compile(rf"(?:blocks\.(\d+)\.hook_(\w+)|({'|'.join(_KINDS)})\.(\d+))")
 # In order of preference: the child of a layer whose output is added to the residual stream.
 _ATTENTION = ("attention.output.dense", "self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "ffn", "output.dense")
@@ -74,7 +78,7 @@ def resolve_sites(
         raise ConfigError("sites is empty; name at least one, for example resid_post.6")
     modules = dict(model.named_modules())
     sites: list[Site] = []
-    for name in names:
+    for name in expand_patterns(names, list(modules), n_layers if layers is not None else 0):
         alias = _ALIAS.fullmatch(name)
         if alias:
             layer, kind = int(alias[1] or alias[4]), alias[2] or alias[3]
@@ -97,6 +101,30 @@ def resolve_sites(
             raise ConfigError(f"site {name!r} is named twice (it is {site.id})")
         sites.append(site)
     return sites
+
+
+def expand_patterns(names: Sequence[str], modules: Sequence[str], n_layers: int) -> list[str]:
+    """Replace patterns by the aliases or module paths that are like them, in the model's order.
+
+    Raises:
+        ConfigError: nothing is like a pattern.
+    """
+    found: list[str] = []
+    for name in names:
+        if not any(character in name for character in "*?["):
+            found.append(name)
+            continue
+        kind = name.partition(".")[0]
+        path, where = name.rsplit(":", 1) if ":" in name else (name, "")
+        if kind in _KINDS:
+            like = [f"{kind}.{layer}" for layer in range(n_layers) if fnmatchcase(f"{kind}.{layer}", name)]
+        else:
+            ending = f":{where}" if where else ""
+            like = [f"{module}{ending}" for module in modules if module and fnmatchcase(module, path)]
+        if not like:
+            raise ConfigError(f"site {name!r}: the model has no site like that; expected for example resid_post.*")
+        found += [site for site in like if site not in found]
+    return found
 
 
 def last_layer_needed(model: nn.Module, sites: Sequence[Site], layers: str | None) -> int | None:

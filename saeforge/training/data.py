@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -13,6 +13,7 @@ from saeforge.data.loader import TrainLoader, ValidationLoader
 from saeforge.data.plan import Plan
 from saeforge.data.source import BlockSource, Rows, ShardSource
 from saeforge.errors import ConfigError
+from saeforge.harvest.config import HarvestConfig
 from saeforge.ops import Group
 
 #: Steps of a run whose length was not given: at least this many, however small the dataset.
@@ -25,14 +26,21 @@ def run_seed(seed: int | None) -> int:
 
 
 class ActivationData(LightningDataModule):
-    """Batches of activations from a dataset that `saeforge harvest` wrote.
+    """Batches of activations: from a dataset that `saeforge harvest` wrote, or live from a language model.
 
     Args:
-        path: folder or URL of the dataset.
+        path: folder or URL of the dataset; plain webdataset tars of .npy members (`acts/*.tar`); with source live, the
+            folder that gets the tokens and held-out rows (null: RUN/data).
+        source: shards, or live: the model runs while the SAEs train, one forward pass for all sites.
         input: site to read, if the dataset has several.
         target: site to reconstruct from the input (a transcoder); null reconstructs the input.
         sites: instead of input and target, the sites that get an SAE each, all trained together; names or patterns like
-            'resid_post.*'.
+            'resid_post.*'. With source live, those of the model.
+        model: with source live, the language model, as in `saeforge harvest`.
+        text: with source live, the text, as in `saeforge harvest`.
+        write: with source live, keep the activations as shards on the way.
+        harvest: with source live, further options of `saeforge harvest` (n_tokens, context_length, ...); bucket_rows is
+            the size of a block that the model makes at once.
         batch_size: rows of an optimizer step, over all devices together.
         tokens: length of the run in tokens; null leaves it to trainer.max_steps, else one pass (at least 2,000 steps).
         lanes: parallel streams that make up a batch; any multiple of every number of devices you will ever use.
@@ -43,10 +51,15 @@ class ActivationData(LightningDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
+        source: Literal["shards", "live"] = "shards",
         input: str | None = None,
         target: str | None = None,
-        sites: list[str] | None = None,
+        sites: str | list[str] | None = None,
+        model: str | None = None,
+        text: str | None = None,
+        write: bool = False,
+        harvest: dict[str, Any] | None = None,
         batch_size: int = 4096,
         tokens: int | None = None,
         lanes: int = 8,
@@ -55,10 +68,24 @@ class ActivationData(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        sites = [sites] if isinstance(sites, str) else sites
         if sites and (input is not None or target is not None):
             raise ConfigError("data.sites trains an SAE for each site: leave out data.input and data.target")
+        live = {"model": model, "text": text, "write": write, "harvest": harvest}
+        opened: BlockSource
+        if source == "live":
+            if input is not None or target is not None or not sites:
+                raise ConfigError("data.source = live needs data.sites, not data.input or data.target")
+            window_blocks = 1  # a block that a model made is large, and shuffled already
+            opened = open_live(path, sites, model, text, harvest, write=write, validation_rows=validation_rows)
+        elif given := [name for name, value in live.items() if value]:
+            raise ConfigError(f"data.{given[0]} is for data.source = live; a dataset on disk has its model and text")
+        elif path is None:
+            raise ConfigError("data.path is missing: give what `saeforge harvest` wrote, or --data.source live")
+        else:
+            opened = ShardSource(path, input=input, target=target, sites=sites or ())
         self._configure(
-            ShardSource(path, input=input, target=target, sites=sites or ()),
+            opened,
             batch_size,
             tokens,
             lanes,
@@ -92,7 +119,13 @@ class ActivationData(LightningDataModule):
             raise ConfigError(f"data.tokens = {tokens} is less than one batch of {batch_size}")
         self.source, self.batch_size, self.tokens, self.validation_rows = source, batch_size, tokens, validation_rows
         self.plan = Plan(
-            source.n_blocks("train"), source.block_rows("train"), batch_size, lanes, window_blocks, run_seed(seed)
+            source.n_blocks("train"),
+            source.block_rows("train"),
+            batch_size,
+            lanes,
+            window_blocks,
+            run_seed(seed),
+            source.unit,
         )
         self._loader: TrainLoader | None = None
         self._state: dict[str, Any] | None = None
@@ -169,6 +202,10 @@ class ActivationData(LightningDataModule):
         """Moves held-out rows; training rows are gathered where they are needed."""
         return tuple(part.to(device, non_blocking=True) for part in batch)
 
+    def teardown(self, stage: str) -> None:
+        """Lets go of what the source holds."""
+        self.source.close()
+
     def state_dict(self) -> dict[str, Any]:
         """The loader's state: also here, since Lightning drops a loader's own at the end of an epoch [data 5.5]."""
         return {} if self._loader is None else self._loader.state_dict()
@@ -180,3 +217,32 @@ class ActivationData(LightningDataModule):
             TrainLoader(self.source, self.plan, 0).load_state_dict(self._state)  # refuse early, before weights load
             if self._loader is not None:
                 self._loader.load_state_dict(self._state)
+
+
+def open_live(
+    path: str | None,
+    sites: list[str],
+    model: str | None,
+    text: str | None,
+    harvest: dict[str, Any] | None,
+    *,
+    write: bool,
+    validation_rows: int,
+) -> BlockSource:
+    """The live source behind `data.source = live`.
+
+    Raises:
+        ConfigError: no model or folder, or a wrong option.
+    """
+    from saeforge.harvest.live import LiveSource  # loads transformers, which shards do not need
+
+    if model is None or path is None:
+        missing = "data.model, the language model" if model is None else "data.path, a folder for its tokens"
+        raise ConfigError(f"data.source = live needs {missing}")
+    clash = sorted({"model", "sites", "out", "text"} & set(harvest or {}))
+    if clash:
+        raise ConfigError(f"data.harvest.{clash[0]} is given twice: set data.{clash[0].replace('out', 'path')}")
+    options = {"model": model, "sites": sites, "out": path, **(harvest or {})}
+    if text is not None:
+        options["text"] = text
+    return LiveSource(HarvestConfig.build(None, options), write=write, validation_rows=validation_rows)
