@@ -72,7 +72,9 @@ class PlainTarSource:
         self.spans = _split(spans, validation_share)
         self.d = spans[0].d
         self._dtype = torch.bfloat16 if {span.dtype for span in spans} == {"bfloat16"} else torch.float32
-        self.widths, self.dtypes = (self.d,), (self._dtype,)
+        self.widths: tuple[int, ...] = (self.d,)
+        self.dtypes: tuple[torch.dtype, ...] = (self._dtype,)
+        self.unit = 1
         self._ends = {split: list(accumulate(span.rows for span in part)) for split, part in self.spans.items()}
         self._block_rows: dict[str, int] = {}
         for split, ends in self._ends.items():
@@ -83,10 +85,10 @@ class PlainTarSource:
                 )
             self._block_rows[split] = choose_block_rows(ends[-1], self.d * self._dtype.itemsize, split=split)
         self.fingerprint = self._fingerprint(key, validation_share)
-        self.statistics = (self._statistics(),)
+        self.statistics: tuple[Statistics, ...] = (self._statistics(),)
         # Evaluation and features open "dataset_path" as a dataset, which this is not: they ask for one by name.
         identity = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
-        self.pairs = (Pair("", 0, 0, identity),)
+        self.pairs: tuple[Pair, ...] = (Pair("", 0, 0, identity),)
         warnings.warn(
             f"{names[0]}: plain tars without a manifest have no checksums, and a run resumes exactly only while the "
             "files stay the same; to have both, convert them with `saeforge data import`",
@@ -127,6 +129,9 @@ class PlainTarSource:
         """See `BlockSource`."""
         return {}
 
+    def close(self) -> None:
+        """See `BlockSource`: nothing is held."""
+
     def _read(self, split: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with rows of a split from row `start` on."""
         spans, ends = self.spans[split], self._ends[split]
@@ -163,12 +168,14 @@ class PlainTarSource:
         return descriptor
 
     def _spread(self, split: str, rows: int) -> Iterator[torch.Tensor]:
-        """Yield up to `rows` rows of a split in runs that are spread evenly."""
+        """Yield about `rows` rows of a split in runs that are spread evenly; all of them if there are no more."""
         total = self._ends[split][-1]
-        runs = max(1, min(rows, total) // RUN_ROWS)
-        length = min(rows, total, RUN_ROWS)
-        for start in np.linspace(0, total - length, num=runs).astype(np.int64):
-            out = torch.empty(length, self.d, dtype=self._dtype)
+        if rows >= total:
+            starts = np.arange(0, total, RUN_ROWS)
+        else:
+            starts = np.linspace(0, total - min(rows, RUN_ROWS), num=max(1, rows // RUN_ROWS)).astype(np.int64)
+        for start in starts:
+            out = torch.empty(min(rows, RUN_ROWS, total - int(start)), self.d, dtype=self._dtype)
             self._read(split, int(start), out)
             yield out
 
