@@ -177,7 +177,7 @@ MAPS: dict[str, Any] = {
     "whole": {"": "cpu"},
     "auto": "auto",
     "disk": {"embed_tokens": "cpu", "rotary_emb": "cpu", "norm": "cpu", **dict.fromkeys(LAYERS, "disk")},
-    "all on disk": {"": "disk"},
+    "all on disk": {"embed_tokens": "disk", "rotary_emb": "cpu", "norm": "disk", **dict.fromkeys(LAYERS, "disk")},
     "first on disk": {"embed_tokens": "disk", "rotary_emb": "cpu", "norm": "cpu", **dict.fromkeys(LAYERS, "cpu")},
 }
 

@@ -176,7 +176,7 @@ def load_model(
             raise load_error(name, "its weights cannot be loaded", error) from error
     for fault, keys in (
         ("lacks weights", report["missing_keys"]),
-        ("has other sizes of weights", [key for key, *_ in report["mismatched_keys"]]),
+        ("has other sizes of weights", [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]),
     ):
         needed = _needed(model, resolved, keys)
         if needed:
