@@ -199,6 +199,14 @@ def test_whole_files_are_adopted_linked_and_checked(
     assert entries(tmp_path) == []
 
 
+@pytest.mark.parametrize("wrong", ["../../x", "a" * 63, "/tmp/x-1-2", f"{'a' * 64}-1-2/../../x", ""])
+def test_a_key_that_is_no_hash_names_no_file(tmp_path: Path, wrong: str) -> None:
+    cache = Cache(tmp_path / "c", 10**6)
+    cache.store(wrong, content(1))
+    assert not cache.load(wrong, content(1), zlib.crc32(content(1)))
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_a_cache_that_is_removed_under_way_is_made_again(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c", 10**6)
     cache.store(key(1), content(1))

@@ -131,6 +131,14 @@ def test_damaged_or_lost_tokens_at_the_origin_are_an_error(dataset: Path, server
     open_stored(server.url, packing, ["train"])
 
 
+def test_a_manifest_cannot_have_files_written_elsewhere(dataset: Path, server: FaultyServer, tmp_path: Path) -> None:
+    packing = dict(ActivationDataset.open(dataset).manifest.packing)
+    (dataset.parent / "outside").write_bytes(b"")
+    packing["files"] = {"train.tokens.npy/../../../outside": "0" * 64}
+    with pytest.raises(DatasetError, match=r"the manifest names the file 'train\.tokens\.npy/\.\./"):
+        open_stored(server.url, packing, ["train"])
+
+
 def test_a_harvest_is_sound_and_verify_reads_the_origin_not_the_cache(dataset: Path, server: FaultyServer) -> None:
     assert verify_dataset(dataset) == []
     remote = ActivationDataset.open(server.url)

@@ -11,22 +11,24 @@ import contextlib
 import fcntl
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from saeforge.data.checksum import crc32 as checksum
 from saeforge.data.storage import fill, hash_file
 from saeforge.errors import ConfigError
 
 GB = 10**9
 SLACK = 20  # room is made until 1/20 of the cap is free, so that not each entry has to look for some
 LOOK = 100  # after writing 1/100 of the cap the folder is looked through: other processes write to it too
+KEY = re.compile(r"[0-9a-f]{64}(-[0-9]+-[0-9]+)?")  # of a whole file, or of a block: offset and bytes
 STALE_SECONDS = 86_400  # of temporary files that a killed process left
 
 
@@ -79,7 +81,7 @@ class Cache:
         try:
             if os.fstat(descriptor).st_size == len(memory):
                 fill(descriptor, 0, memory)
-                if zlib.crc32(memory) == crc32:
+                if checksum(memory) == crc32:
                     self._touch(path)
                     return True
         except (OSError, EOFError):
@@ -159,7 +161,10 @@ class Cache:
             yield Path(place or stack.enter_context(_temporary_folder(None)))
 
     def _path(self, key: str) -> Path | None:
-        return self.folder / "entries" / key[:2] / key if self.folder is not None and self.cap else None
+        # Hashes come from manifests, which come from anywhere: what is none must not become a path.
+        if self.folder is None or not self.cap or not KEY.fullmatch(key):
+            return None
+        return self.folder / "entries" / key[:2] / key
 
     def _touch(self, path: Path) -> None:
         with contextlib.suppress(OSError):  # removed by another process, or a cache that may only be read

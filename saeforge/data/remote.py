@@ -14,7 +14,6 @@ import random
 import re
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from saeforge.data.cache import Cache, number_from
+from saeforge.data.checksum import crc32 as checksum
 from saeforge.data.storage import Extent, ReadCounts, Storage
 from saeforge.errors import DatasetError
 
@@ -150,6 +150,8 @@ class RemoteStorage(Storage):
         """See `Storage.local_files`: linked from the cache, or downloaded for this once where there is none."""
         with self.cache.workplace() as place:
             for file, sha256 in files.items():
+                if Path(file).name != file:  # a manifest from somewhere must not choose where files are written
+                    raise DatasetError(f"{self.location}: the manifest names the file {file!r}; harvest again")
                 name = f"{folder}/{file}"
                 if self.cache.link(sha256, place / file):
                     self.counts.add(cache_bytes=(place / file).stat().st_size)
@@ -205,7 +207,7 @@ class RemoteStorage(Storage):
             if len(content) != len(memory):
                 raise OSError(f"{len(content)} bytes came, {len(memory)} were asked for")
             self.counts.add(origin_bytes=len(content))
-            if crc32 is not None and zlib.crc32(content) != crc32:
+            if crc32 is not None and checksum(content) != crc32:
                 raise WrongContent("checksum mismatch, the data is damaged")
             memory[:] = content
 
