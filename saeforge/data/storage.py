@@ -10,13 +10,14 @@ import contextlib
 import hashlib
 import os
 import threading
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from saeforge.data.checksum import crc32
+from saeforge.data.checksum import crc32
 from saeforge.errors import DatasetError
 
 REMOTE_SCHEMES = ("s3", "gs", "gcs", "hf", "http", "https", "memory")
@@ -215,7 +216,7 @@ class LocalStorage(Storage):
         """See `Storage.read_block`."""
         where = self.where(extent.file, extent.block)
         self.read(extent.file, extent.offset, memory, where)
-        if zlib.crc32(memory) != extent.crc32:
+        if crc32(memory) != extent.crc32:
             raise DatasetError(f"{where}: checksum mismatch, the data is damaged; restore it or harvest again")
 
     @contextlib.contextmanager

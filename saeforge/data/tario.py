@@ -13,12 +13,12 @@ import os
 import shutil
 import struct
 import tarfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from saeforge.data.checksum import crc32
 from saeforge.data.manifest import BlockRecord, ShardRecord, fsync_folder, part_path
 from saeforge.errors import SaeforgeError
 
@@ -66,7 +66,7 @@ def write_shard(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> ShardRe
                 member.size, member.mode, member.mtime = header + len(payload), 0o644, 0
                 put(member.tobuf(format=tarfile.USTAR_FORMAT))
                 put(npy_header(array, header))
-                blocks.append(BlockRecord(position, len(payload), len(array), zlib.crc32(payload)))
+                blocks.append(BlockRecord(position, len(payload), len(array), crc32(payload)))
                 put(payload)
                 put(bytes(-position % tarfile.BLOCKSIZE))
             put(bytes(2 * tarfile.BLOCKSIZE))

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from saeforge.data.checksum import crc32
+from saeforge.data.checksum import crc32
 from saeforge.data.manifest import Manifest, ShardRecord, SiteRecord, sha256_json, shard_from_json
 from saeforge.data.moments import Moments
 from saeforge.data.shards import DTYPES, ROW_FIELDS, ROWS_FOLDER, load_manifest, size_fault
@@ -171,7 +172,7 @@ class _Verifier:
                     faults.append(f"its tar header says {member.name}, {member.size} bytes; expected {name}")
             if not _npy_header_fits(bytes(buffer[tarfile.BLOCKSIZE : head]), dtype, shape):
                 faults.append(f"its .npy header is damaged: expected {dtype} {shape}")
-            if zlib.crc32(payload) != block.crc32:
+            if crc32(payload) != block.crc32:
                 faults.append("checksum mismatch, the data is damaged")
             elif isinstance(about, SiteRecord):
                 if not _finite(payload, about):
