@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from saeforge.data.loader import TrainLoader, ValidationLoader
+from saeforge.data.plain import PlainTarSource
 from saeforge.data.plan import Plan
 from saeforge.data.source import BlockSource, Rows, ShardSource
 from saeforge.errors import ConfigError
@@ -82,6 +83,12 @@ class ActivationData(LightningDataModule):
             raise ConfigError(f"data.{given[0]} is for data.source = live; a dataset on disk has its model and text")
         elif path is None:
             raise ConfigError("data.path is missing: give what `saeforge harvest` wrote, or --data.source live")
+        elif path.endswith(".tar") or any(character in path for character in "*?{"):
+            if input is not None or target is not None or sites:
+                raise ConfigError(
+                    f"data.path = {path} is plain tars, which name no sites: leave out data.input and such"
+                )
+            opened = PlainTarSource(path)
         else:
             opened = ShardSource(path, input=input, target=target, sites=sites or ())
         self._configure(
