@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from saeforge.data.loader import TrainLoader
 from saeforge.data.plain import PlainTarSource
+from saeforge.data.plan import Plan
 from saeforge.errors import ConfigError, DatasetError
 
 D = 8
@@ -136,6 +138,25 @@ def test_it_is_a_block_source_that_trains(tars: list[Path]) -> None:
     assert batch.x is batch.target
     assert pair.identity["dataset"] == source.fingerprint
     assert source.counters() == {}
+
+
+def test_a_loader_serves_every_row_once_and_resumes(tars: list[Path]) -> None:
+    source = PlainTarSource(tars, validation_share=0)
+    plan = Plan(source.n_blocks("train"), source.block_rows("train"), 128)
+    total = plan.batches_per_pass
+    batches = [x.clone() for (x,) in TrainLoader(source, plan, total)]
+    served = torch.cat(batches)
+    rows = {row.tobytes() for row in data(10_000)}
+    assert len({row.tobytes() for row in served.numpy()} & rows) == len(served) == total * 128
+    first = TrainLoader(source, plan, total)
+    stream = iter(first)
+    for _ in range(total // 2):
+        next(stream)
+    again = TrainLoader(PlainTarSource(tars, validation_share=0), plan, total)
+    again.load_state_dict(first.state_dict())
+    rest = [x.clone() for (x,) in again]
+    assert len(rest) == total - total // 2
+    assert all(torch.equal(a, b) for a, b in zip(rest, batches[total // 2 :], strict=True))
 
 
 def test_it_warns_that_there_are_no_checksums(tars: list[Path]) -> None:

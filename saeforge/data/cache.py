@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from saeforge.data.checksum import crc32 as checksum
-from saeforge.data.checksum import crc32
 from saeforge.data.storage import fill, hash_file
 from saeforge.errors import ConfigError
 

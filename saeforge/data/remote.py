@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from saeforge.data.checksum import crc32
 from saeforge.data.cache import Cache, number_from
 from saeforge.data.checksum import crc32 as checksum
 from saeforge.data.storage import Extent, ReadCounts, Storage

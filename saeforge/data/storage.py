@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saeforge.data.checksum import crc32
-from saeforge.data.checksum import crc32
 from saeforge.errors import DatasetError
 
 REMOTE_SCHEMES = ("s3", "gs", "gcs", "hf", "http", "https", "memory")

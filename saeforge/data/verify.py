@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from saeforge.data.checksum import crc32
-from saeforge.data.checksum import crc32
 from saeforge.data.manifest import Manifest, ShardRecord, SiteRecord, sha256_json, shard_from_json
 from saeforge.data.moments import Moments
 from saeforge.data.shards import DTYPES, ROW_FIELDS, ROWS_FOLDER, load_manifest, size_fault
