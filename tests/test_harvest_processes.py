@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -96,13 +97,11 @@ def assert_same(root: Path, whole: dict[str, Any]) -> None:
 
 
 def points(steps: list[str], count: int) -> list[int]:
-    """Choose steps evenly over their kinds, at random within each; 1 is the first step."""
+    """Choose different steps, as evenly over their kinds as there are enough, at random within each; 1 is the first."""
     rng = random.Random(5)
-    kinds = sorted(set(steps))
-    return [
-        rng.choice([number for number, step in enumerate(steps, start=1) if step == kinds[i % len(kinds)]])
-        for i in range(count)
-    ]
+    numbers = {kind: [n for n, step in enumerate(steps, start=1) if step == kind] for kind in sorted(set(steps))}
+    rounds = [rng.sample(found, len(found)) for found in numbers.values()]
+    return [point for turn in itertools.zip_longest(*rounds) for point in turn if point is not None][:count]
 
 
 def kill_and_go_on(home: Path, tmp_path: Path, jobs: Jobs, whole: dict[str, Any], at: list[int]) -> None:
