@@ -270,7 +270,7 @@ def test_what_needs_text_says_that_there_is_none(tmp_path: Path) -> None:
         ({"sites": ["lay"]}, "unknown site 'lay'"),
         ({"sites": "layer"}, "sites = 'layer': expected a list"),
         ({"items": 0}, "items = 0: expected at least 1"),
-        ({"batch_items": 0}, "batch_contexts = 0"),
+        ({"batch_items": 0}, "batch_items = 0"),
         ({"store_dtype": "float16"}, "store_dtype = 'float16'"),
         ({"bucket_rows": 1000}, "expected a power of two"),
         ({"validation_share": 1.5}, "validation_share = 1.5"),

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ needs_accelerate = pytest.mark.skipif(
 
 CONFIGURATION = """
 from pathlib import Path
+from types import SimpleNamespace
 Path(r"{marker}").touch()
 from transformers import PretrainedConfig
 
@@ -216,6 +218,17 @@ def test_a_harvest_with_a_device_map_writes_the_same_rows(tmp_path: Path) -> Non
     assert [s.sha256 for s in a.sites[0].shards["train"]] == [s.sha256 for s in b.sites[0].shards["train"]]
     with pytest.raises(ConfigError, match="its weights cannot be loaded"):
         harvest(**options(folder, tmp_path, out=str(tmp_path / "c"), device_map="abacus"))
+
+
+def test_inputs_go_where_the_first_layer_works(tmp_path: Path) -> None:
+    """As accelerate leaves a model whose weights wait in memory for the second of two devices."""
+    model = load_model(str(save_model("llama", tmp_path / "m")), ["resid_post.0"]).model
+    assert input_place(model) == (torch.device("cpu"), torch.float32)
+    hook = SimpleNamespace(execution_device=1)
+    model.get_submodule("embed_tokens")._hf_hook = SimpleNamespace(hooks=[SimpleNamespace(), hook])  # type: ignore[assignment]
+    assert input_place(model)[0] == torch.device("cuda", 1)
+    hook.execution_device = "cuda:3"
+    assert input_place(model.to("meta"))[0] == torch.device("cuda", 3)
 
 
 def test_the_command_takes_the_options(tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ class InputsConfig:
     group_rows: int = 1
 
     def __post_init__(self) -> None:
-        for option in ("items", "batch_contexts"):
-            if getattr(self, option) < 1:
-                raise ConfigError(f"harvest_inputs option {option} = {getattr(self, option)}: expected at least 1")
+        for option, value in (("items", self.items), ("batch_items", self.batch_contexts)):
+            if value < 1:
+                raise ConfigError(f"harvest_inputs option {option} = {value}: expected at least 1")
         if not 0 <= self.validation_share < 1:
             raise ConfigError(
                 f"harvest_inputs option validation_share = {self.validation_share}: expected 0 to less than 1"

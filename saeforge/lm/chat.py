@@ -106,7 +106,9 @@ class ChatRenderer:
         try:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # a template is a program of its own: it may raise anything
-            raise ConfigError(f"{name}: the chat template refuses this conversation: {first_line(error)}") from error
+            raise ConfigError(
+                f"conversation {name}: the chat template refuses this conversation: {first_line(error)}"
+            ) from error
         return str(text)
 
     def _tokenize(self, text: str, **options: Any) -> Any:
@@ -120,10 +122,14 @@ class ChatRenderer:
                 list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
         except Exception as error:  # as above
-            raise ConfigError(f"{name}: the chat template refuses this conversation: {first_line(error)}") from error
+            raise ConfigError(
+                f"conversation {name}: the chat template refuses this conversation: {first_line(error)}"
+            ) from error
         keep = np.array(rendered["assistant_masks"], dtype=bool)
         if not keep.any() and any(message["role"] == "assistant" and message["content"] for message in messages):
-            raise ConfigError(f"{name}: the chat template's {{% generation %}} marks nothing that the assistant says")
+            raise ConfigError(
+                f"conversation {name}: the chat template's {{% generation %}} marks nothing that the assistant says"
+            )
         return list(rendered["input_ids"]), keep
 
     def _by_prefixes(self, messages: Messages, name: str) -> tuple[list[int], np.ndarray]:
@@ -137,13 +143,13 @@ class ChatRenderer:
             if message["role"] != "assistant":
                 continue
             if number == 0:
-                raise ConfigError(f"{name}: the conversation begins with the assistant; {_ELSE}")
+                raise ConfigError(f"conversation {name}: the conversation begins with the assistant; {_ELSE}")
             before = self._render(messages[:number], name, prompt=True)
             after = self._render(messages[: number + 1], name)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise ConfigError(
-                    f"{name}: the chat template writes message {number + 1} in another way when more follows or before "
-                    f"it is answered, so that the assistant's tokens cannot be told apart; {_ELSE}"
+                    f"conversation {name}: the chat template writes message {number + 1} in another way when more follows "
+                    f"or before it is answered, so that the assistant's tokens cannot be told apart; {_ELSE}"
                 )
             # A token that begins in the prompt and ends in the answer is none that the model would write.
             mine = np.flatnonzero((starts >= len(before)) & (starts < len(after)))

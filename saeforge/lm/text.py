@@ -182,7 +182,8 @@ class JsonLines:
             messages = _check_messages(data, place)
             data["text"] = json.dumps(messages, sort_keys=True, ensure_ascii=False)
         if not isinstance(data, dict) or not isinstance(data.get("text"), str):
-            raise ConfigError(f"{place}: expected an object with a string field `text`")
+            or_else = " or with `messages`" if self.conversations else ""
+            raise ConfigError(f"{place}: expected an object with a string field `text`{or_else}")
         label, split = data.get("label"), data.get("split")
         if split not in (None, "train", "test"):
             raise ConfigError(f"text {self.path}, line {number}: split {split!r}, expected train or test")
