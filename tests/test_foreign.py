@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from saeforge.data.foreign import Span, first_bad_row, read_rows, scan_npy, scan_safetensors
+from saeforge.data.foreign import Span, first_bad_row, memory_of, read_rows, scan_npy, scan_safetensors
 from saeforge.data.local import expand
 from saeforge.data.tarscan import scan_tar
 from saeforge.errors import ConfigError, DatasetError
@@ -41,7 +41,7 @@ def values(span: Span) -> torch.Tensor:
     out = torch.empty(span.rows, span.d, dtype=TORCH_DTYPES[span.dtype])
     descriptor = os.open(span.path, os.O_RDONLY)
     try:
-        read_rows(descriptor, span, 0, out)
+        read_rows(descriptor, span, 0, memory_of(out))
     finally:
         os.close(descriptor)
     return out.double()

@@ -7,11 +7,13 @@ bytes that are there is an error, so that a damaged or truncated file never beco
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -78,19 +80,18 @@ class Span:
         return self.d * TORCH_DTYPES[self.dtype].itemsize
 
 
-def read_rows(descriptor: int, span: Span, start: int, out: torch.Tensor) -> None:
-    """Read `len(out)` rows of a span from row `start` on, straight into `out`.
+def read_rows(descriptor: int, span: Span, start: int, memory: memoryview) -> None:
+    """Read rows of a span from row `start` on, until `memory` is full.
 
     Args:
         descriptor: of the open file.
         span: what to read.
         start: first row.
-        out: contiguous CPU tensor (rows, d) of the span's dtype.
+        memory: bytes to fill, see `memory_of`.
 
     Raises:
         DatasetError: the file became shorter, or cannot be read.
     """
-    memory = out.view(torch.uint8).numpy().reshape(-1).data
     position = span.offset + start * span.row_bytes
     done = 0
     while done < len(memory):  # the kernel may return less than asked, and at most 2 GiB at once
@@ -105,10 +106,16 @@ def read_rows(descriptor: int, span: Span, start: int, out: torch.Tensor) -> Non
         done += count
 
 
+def memory_of(x: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, to read into."""
+    memory: memoryview = x.view(torch.uint8).numpy().reshape(-1).data
+    return memory
+
+
 def first_bad_row(x: torch.Tensor) -> int | None:
     """Return the first row that holds NaN or an infinity, or None."""
     # A sum is many times faster than isfinite and cannot hide a NaN or Inf; it may overflow, so it only asks.
-    if math.isfinite(x.sum(dtype=torch.float32).item()):
+    if math.isfinite(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None).item()):
         return None
     bad = (~torch.isfinite(x)).any(dim=1).nonzero()
     return int(bad[0]) if len(bad) else None
@@ -200,10 +207,10 @@ def npy_span(file: Headers, path: Path, name: str, offset: int, size: int, *, di
     if length > min(_MAX_NPY_HEADER + 12, size):
         raise DatasetError(f"{where}: a .npy header of {length} bytes; damaged")
     text = file.read(offset + prefix, length - prefix).decode("latin-1")
-    if not _NPY_FIELDS.fullmatch(text) or any(text.count(f"'{f}':") != 1 for f in ("descr", "fortran_order", "shape")):
+    parsed = _parse_npy(text)
+    if parsed is None:
         raise DatasetError(f"{where}: a .npy header that is damaged, or of a structured dtype; {WANTED}")
-    descr = text.partition("'descr': '")[2].partition("'")[0]
-    shape = [int(n) for n in text.partition("'shape': (")[2].partition(")")[0].replace(" ", "").split(",") if n]
+    descr, fortran, shape = parsed
     if descr.endswith("O"):
         raise DatasetError(f"{where}: pickled Python objects; {_PICKLE_REASON}")
     if descr not in NPY_DTYPES:
@@ -211,7 +218,7 @@ def npy_span(file: Headers, path: Path, name: str, offset: int, size: int, *, di
     if len(shape) not in dims or min(shape) < 1:
         kinds = {1: "(d,)", 2: "(rows, d)", 3: "(contexts, length, d)"}
         raise DatasetError(f"{where}: shape {tuple(shape)}, expected {' or '.join(kinds[n] for n in dims)}")
-    if "'fortran_order': True" in text and len(shape) > 1:
+    if fortran and len(shape) > 1:
         raise DatasetError(f"{where} is in Fortran order; store numpy.ascontiguousarray of it")
     dtype = NPY_DTYPES[descr]
     expected = length + math.prod(shape) * TORCH_DTYPES[dtype].itemsize
@@ -223,7 +230,20 @@ def npy_span(file: Headers, path: Path, name: str, offset: int, size: int, *, di
     return _span(path, name, offset + length, shape, dtype)
 
 
-def _span(path: Path, name: str, offset: int, shape: list[int], dtype: str) -> Span:
+@functools.lru_cache(maxsize=256)  # a tar has many members, and most of their headers are equal
+def _parse_npy(text: str) -> tuple[str, bool, tuple[int, ...]] | None:
+    """Return descr, fortran_order and shape of a `.npy` header, or None if it is none, or of a structured dtype."""
+    if not _NPY_FIELDS.fullmatch(text) or any(text.count(f"'{f}':") != 1 for f in ("descr", "fortran_order", "shape")):
+        return None
+    shape = text.partition("'shape': (")[2].partition(")")[0].replace(" ", "").split(",")
+    return (
+        text.partition("'descr': '")[2].partition("'")[0],
+        "'fortran_order': True" in text,
+        tuple(int(n) for n in shape if n),
+    )
+
+
+def _span(path: Path, name: str, offset: int, shape: Sequence[int], dtype: str) -> Span:
     rows, d = math.prod(shape[:-1]), shape[-1]
     return Span(path, name, offset, rows, d, dtype, shape[1] if len(shape) == 3 else None)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saeforge.data.foreign import TORCH_DTYPES, Span, first_bad_row, read_rows
+from saeforge.data.foreign import TORCH_DTYPES, Span, first_bad_row, memory_of, read_rows
 from saeforge.data.local import expand
 from saeforge.data.moments import Moments, Statistics
 from saeforge.data.source import Pair, Rows
@@ -137,6 +137,7 @@ class PlainTarSource:
         spans, ends = self.spans[split], self._ends[split]
         at = bisect_right(ends, start)
         inside = start - (ends[at - 1] if at else 0)
+        memory, row_bytes = memory_of(out), self.d * out.dtype.itemsize
         done = 0
         with ExitStack() as stack:
             path, descriptor = None, -1
@@ -144,14 +145,14 @@ class PlainTarSource:
                 span = spans[at]
                 if span.path != path:
                     path, descriptor = span.path, self._open(span, stack)
-                part = out[done : done + span.rows - inside]
-                dtype = TORCH_DTYPES[span.dtype]
-                raw = part if dtype == out.dtype else torch.empty(part.shape, dtype=dtype)
-                read_rows(descriptor, span, inside, raw)
-                if raw is not part:
-                    part.copy_(raw)
-                done += len(part)
-                at, inside = at + 1, 0
+                end = min(done + span.rows - inside, len(out))
+                if TORCH_DTYPES[span.dtype] == out.dtype:
+                    read_rows(descriptor, span, inside, memory[done * row_bytes : end * row_bytes])
+                else:
+                    raw = torch.empty(end - done, self.d, dtype=TORCH_DTYPES[span.dtype])
+                    read_rows(descriptor, span, inside, memory_of(raw))
+                    out[done:end].copy_(raw)
+                done, at, inside = end, at + 1, 0
         if (bad := first_bad_row(out)) is not None:
             at = bisect_right(ends, start + bad)
             row = start + bad - (ends[at - 1] if at else 0)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from saeforge.data.foreign import PICKLES, TORCH_DTYPES, Span, read_rows, scan_npy, scan_safetensors
+from saeforge.data.foreign import PICKLES, TORCH_DTYPES, Span, memory_of, read_rows, scan_npy, scan_safetensors
 from saeforge.data.imports.arrow import ArrowArray, arrow_files
 from saeforge.data.local import expand
 from saeforge.data.tarscan import scan_tar
@@ -94,7 +94,7 @@ class SpanArray:
         out = torch.empty(stop - start, self.d, dtype=TORCH_DTYPES[self.dtype])
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            read_rows(descriptor, self.span, start, out)
+            read_rows(descriptor, self.span, start, memory_of(out))
         finally:
             os.close(descriptor)
         return out
