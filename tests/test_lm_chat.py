@@ -69,8 +69,11 @@ def words_tokenizer(kind: str, *, marked: bool = False, template: str | None = N
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex("\n+"), "isolated")]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    if kind == "llama":  # Llama 3's own: marked as special, but in no list of special tokens
+        tokenizer.add_special_tokens(SPECIAL[kind])
     fast = FastTokenizer(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>", model_max_length=128)
-    fast.add_special_tokens({"additional_special_tokens": SPECIAL[kind]})
+    if kind != "llama":
+        fast.add_special_tokens({"additional_special_tokens": SPECIAL[kind]})
     fast.chat_template = mark(TEMPLATES[kind], marked) if template is None else template
     return fast
 
@@ -84,6 +87,13 @@ def kept_words(tokenizer: Any, keep: str, talk: Any = TALK) -> list[str]:
         for i, kept in zip(found.ids, found.keep.tolist(), strict=True)
         if kept and i not in specials.dropped
     ]
+
+
+def test_special_tokens_of_a_template_are_never_kept() -> None:
+    tokenizer = words_tokenizer("llama")
+    ends = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert ends not in tokenizer.all_special_ids
+    assert ends in find_specials(tokenizer).dropped
 
 
 @pytest.mark.parametrize("marked", [True, False], ids=["marked", "unmarked"])

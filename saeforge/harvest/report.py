@@ -11,9 +11,9 @@ def summary(manifest: Manifest, root: Path) -> str:
     """Return rows, sizes and statistics of a dataset, and what to do next, in lines for people."""
     model, packing = manifest.model, manifest.packing
     counts = packing["counts"]
+    depth = f", {model['layers_loaded']} of {model['layers']} layers" if model["layers"] else ""
     lines = [
-        f"model       {model['name']} ({model['class']}, {model['dtype']}, "
-        f"{model['layers_loaded']} of {model['layers']} layers)",
+        f"model       {model['name']} ({model['class']}, {model['dtype']}{depth})",
         f"text        {manifest.text['source']}: {counts['kept_tokens']:,} tokens kept of {counts['text_tokens']:,}",
         f"packing     {packing['rule']}",
     ]

@@ -148,8 +148,8 @@ class ChatRenderer:
             after = self._render(messages[: number + 1], name)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise ConfigError(
-                    f"conversation {name}: the chat template writes message {number + 1} in another way when more follows "
-                    f"or before it is answered, so that the assistant's tokens cannot be told apart; {_ELSE}"
+                    f"conversation {name}: the chat template writes message {number + 1} in another way when more "
+                    f"follows or before it is answered, so that the assistant's tokens cannot be told apart; {_ELSE}"
                 )
             # A token that begins in the prompt and ends in the answer is none that the model would write.
             mine = np.flatnonzero((starts >= len(before)) & (starts < len(after)))
