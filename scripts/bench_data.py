@@ -176,8 +176,8 @@ def report(result: dict[str, Any], command: str) -> str:
         "",
         f"`{command}`",
         "",
-        f"Random bf16 rows, d {result['d']}, {result['gib']:g} GiB in tar shards, all in the page cache; one torch thread;",
-        f"{len(next(iter(rates.values())))} rounds, each way once in each; batches of {BATCH:,} rows.",
+        f"Random bf16 rows, d {result['d']}, {result['gib']:g} GiB in tar shards, all in the page cache; one torch",
+        f"thread; {len(next(iter(rates.values())))} rounds, each way once in each; batches of {BATCH:,} rows.",
         f"{result['machine']}.",
         "",
         "| way | GB/s, median | range |",
@@ -189,8 +189,8 @@ def report(result: dict[str, Any], command: str) -> str:
         "  decoder; ours verifies a checksum of every block, webdataset none.",
         f"* One thread from the page cache, checksums verified: {alone:.2f} GB/s, {met(alone, GB_PER_THREAD)}.",
         f"* Memory over {held['batches']:,} batches: at most {held['most']:.0f} MiB more than before; median of the",
-        f"  first half {held['first_half']:.1f}, of the second {held['second_half']:.1f} MiB; the loader's formula says",
-        f"  {held['stated']:.0f} MiB.",
+        f"  first half {held['first_half']:.1f}, of the second {held['second_half']:.1f} MiB; the loader's formula "
+        f"says {held['stated']:.0f} MiB.",
         "",
     ]
     return "\n".join(lines)
