@@ -15,7 +15,7 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 
 class HarvestProgress:
-    """Counts kept tokens: those of the buckets that anyone committed, and of the one in work here.
+    """Counts kept tokens: those of the buckets that anyone committed, and of those in work here.
 
     Args:
         total: kept tokens of the whole dataset.
@@ -66,13 +66,13 @@ class HarvestProgress:
         return (self.done - self.before) / max(time.monotonic() - self.start, 1e-9)
 
     def add(self, tokens: int) -> None:
-        """Count `tokens` more of the bucket in work here."""
+        """Count `tokens` more of a bucket in work here."""
         self._own += tokens
         self.show()
 
-    def bucket_done(self) -> None:
-        """The bucket in work here is committed."""
-        self._own = 0
+    def bucket_done(self, tokens: int) -> None:
+        """A bucket of this process with so many of the tokens that were counted is committed."""
+        self._own = max(0, self._own - tokens)
         self._look()
         self.show()
 

@@ -24,6 +24,7 @@ from saeforge.data.shards import DTYPES, ROW_FIELDS
 from saeforge.data.tario import no_space
 from saeforge.data.writer import DatasetWriter, SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
 from saeforge.errors import ConfigError, SaeforgeError
+from saeforge.harvest.behind import Behind, write_rows
 from saeforge.harvest.buckets import make_rows
 from saeforge.harvest.config import HarvestConfig
 from saeforge.harvest.folder import DatasetFolder, available_memory
@@ -158,7 +159,7 @@ def _plan(config: Options, loaded: LoadedModel, capture: Capture, prepared: Prep
     if config.bucket_rows is None:
         needed = 1 << (max(kept.values()) - 1).bit_length()
         row_bytes = sum(site.row_bytes for site in sites) + ROW_PROVENANCE_BYTES
-        fitting = available_memory() // (4 * rank.local_world) // row_bytes
+        fitting = available_memory() // (4 * rank.local_world) // row_bytes  # two buckets, and as much again free
         affordable = 1 << max(fitting.bit_length() - 1, 0)
         bucket_rows = max(min(MAX_BUCKET_ROWS, needed, max(affordable, MIN_BUCKET_ROWS)), largest_block)
     elif config.bucket_rows < largest_block:
@@ -203,11 +204,16 @@ def _fill(folder: DatasetFolder, config: Options, work: Work, prepared: Prepared
     with (
         Capture(work.loaded.model, work.loaded.sites) as capture,
         HarvestProgress(rows, writer.committed_rows, silent=rank.number > 0) as progress,
+        Behind(writer, progress) as behind,
     ):
         while left:
             elsewhere = [
-                key for key in left if not make_bucket(folder, config, writer, prepared, capture, progress, *key)
+                key
+                for key in left
+                if not make_bucket(folder, config, writer, prepared, capture, progress, *key, behind=behind)
             ]
+            if elsewhere:
+                behind.wait()
             if len(elsewhere) == len(left):  # all of them are being made by live processes
                 if not said and rank.number == 0:
                     progress.say(f"waiting for other processes to finish {len(left)} buckets of {folder.root}")
@@ -226,12 +232,17 @@ def make_bucket(
     progress: HarvestProgress,
     split: str,
     bucket: int,
+    *,
+    behind: Behind | None = None,
 ) -> bool:
-    """Make a bucket unless it is there; False if another process is making it."""
+    """Make a bucket unless it is there; False if another process is making it.
+
+    With `behind`, its writing is only begun: the claim is held, and memory for two buckets, until it is committed.
+    """
     if writer.has_bucket(split, bucket):
         return True
-    with folder.claim(split, bucket) as mine:
-        if not mine:
+    with contextlib.ExitStack() as claim:
+        if not claim.enter_context(folder.claim(split, bucket)):
             return False
         if writer.has_bucket(split, bucket):  # committed between the look and the claim
             return True
@@ -249,10 +260,11 @@ def make_bucket(
             group_rows=config.group_rows,
             progress=progress.add,
         )
-        writer.write_bucket(
-            split, bucket, made.data, made.provenance, outlier_rows=made.dropped, outliers=made.outliers
-        )
-    progress.bucket_done()
+        if behind is not None:
+            behind.write(claim.pop_all(), split, bucket, made)
+            return True
+        write_rows(writer, split, bucket, made)
+    progress.bucket_done(stop - start)
     return True
 
 
