@@ -67,6 +67,12 @@ def test_the_last_members_are_held_out(tars: list[Path]) -> None:
     assert train - source.block_rows("train") < len(read(source, "train")) <= train
 
 
+def test_more_members_are_held_out_if_their_rows_are_few(tmp_path: Path) -> None:
+    source = PlainTarSource(write_tar(tmp_path / "x.tar", np.split(data(10_000), 100)))
+    assert [len(source.spans[split]) for split in ("train", "validation")] == [79, 21]
+    assert source.n_blocks("validation") * source.block_rows("validation") == 2096 // 16 * 16
+
+
 def test_a_block_is_read_into_the_buffer_that_is_given(tars: list[Path]) -> None:
     source = PlainTarSource(tars, validation_share=0)
     out = torch.empty(source.block_rows("train"), D)
@@ -211,10 +217,12 @@ def test_what_it_does_not_read_is_refused(tars: list[Path], tmp_path: Path) -> N
         PlainTarSource([tars[0], tars[0]])
     with pytest.raises(DatasetError, match=r"000061\.acts\.npy is 3 wide, .*000000\.acts\.npy 8"):
         PlainTarSource([*tars, write_tar(tmp_path / "b.tar", [np.zeros((5, 3), "<f4")], first=61)])
-    with pytest.raises(DatasetError, match=r"split validation has .* rows, at least 2048"):
-        PlainTarSource(tars, validation_share=0.05)
-    with pytest.raises(DatasetError, match="cannot be split"):
+    with pytest.raises(DatasetError, match=r"split train has 2,000 rows, at least 2,048"):
+        PlainTarSource(write_tar(tmp_path / "c.tar", [data(2000)]), validation_share=0)
+    with pytest.raises(DatasetError, match=r"4,096 rows in 1 member\(s\) are too few to hold some out"):
         PlainTarSource(write_tar(tmp_path / "c.tar", [data(4096)]))
+    with pytest.raises(DatasetError, match=r"4,096 rows in 2 member\(s\) are too few.*saeforge data import"):
+        PlainTarSource(write_tar(tmp_path / "c.tar", [data(1096), data(3000)]))
 
 
 def test_members_are_chosen_by_pattern(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class PlainTarSource:
     Args:
         paths: local tar files: names, globs, or webdataset's braces (`acts-{000000..000009}.tar`).
         key: take only members whose name matches this pattern, for example `*.acts.npy`.
-        validation_share: share of the members held out: the last ones.
+        validation_share: share of the members held out: the last ones, and more if they have fewer than 2,048 rows.
 
     Attributes:
         spans: by split, the members. d: width of a row.
@@ -80,8 +80,7 @@ class PlainTarSource:
         for split, ends in self._ends.items():
             if ends[-1] < MIN_ROWS:
                 raise DatasetError(
-                    f"split {split} has {ends[-1]} rows, at least {MIN_ROWS} are needed; give more files, or another "
-                    "validation_share"
+                    f"split {split} has {ends[-1]:,} rows, at least {MIN_ROWS:,} are needed; give more files"
                 )
             self._block_rows[split] = choose_block_rows(ends[-1], self.d * self._dtype.itemsize, split=split)
         self.fingerprint = self._fingerprint(key, validation_share)
@@ -198,13 +197,18 @@ class PlainTarSource:
 
 
 def _split(spans: list[Span], share: float) -> dict[str, list[Span]]:
-    """Hold out the last members."""
+    """Hold out the last members: this share of them, and as many more as the rows of a split need."""
     if not share:
         return {"train": spans}
     held_out = max(1, round(share * len(spans)))
-    if held_out >= len(spans):
+    rows = sum(span.rows for span in spans[-held_out:])
+    while rows < MIN_ROWS and held_out < len(spans):
+        held_out += 1
+        rows += spans[-held_out].rows
+    total = sum(span.rows for span in spans)
+    if rows >= total or (rows > total // 2 and held_out > round(share * len(spans))):
         raise DatasetError(
-            f"{len(spans)} member(s) cannot be split with validation_share = {share}; set it to 0, give more files, or "
-            "use `saeforge data import`, which splits inside members"
+            f"{total:,} rows in {len(spans):,} member(s) are too few to hold some out (whole members, at "
+            f"least {MIN_ROWS:,} rows); give more files, or use `saeforge data import`, which splits inside members"
         )
     return {"train": spans[:-held_out], "validation": spans[-held_out:]}
