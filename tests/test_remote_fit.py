@@ -19,6 +19,7 @@ from saeforge.data.verify import _Tokens, verify_dataset
 from saeforge.errors import DatasetError
 from saeforge.harvest import harvest
 from saeforge.lm.pack import open_stored
+from saeforge.sae import load
 from tests.faulty_server import Asked, FaultyServer, serve
 from tests.tiny_models import make_documents, save_model, write_text_folder
 
@@ -57,6 +58,11 @@ def server(dataset: Path) -> Iterator[FaultyServer]:
         yield running
 
 
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = (run / "sae").glob("*.safetensors")
+    return load_file(path)
+
+
 def fit(data: str | Path, run: Path) -> dict[str, torch.Tensor]:
     """Train shortly; return the SAE's tensors."""
     options: dict[str, Any] = {
@@ -72,12 +78,18 @@ def fit(data: str | Path, run: Path) -> dict[str, torch.Tensor]:
         "trainer.enable_progress_bar": "false",
     }
     assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 0
-    (path,) = (run / "sae").glob("*.safetensors")
-    return load_file(path)
+    return tensors(run)
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path) -> Path:
+    """A run on the folder."""
+    fit(dataset, dataset.parent / "run")
+    return dataset.parent / "run"
 
 
 def test_fit_on_a_url_gives_the_sae_of_the_folder_to_the_bit_though_a_tenth_of_all_requests_fails(
-    dataset: Path, server: FaultyServer, tmp_path: Path
+    run: Path, server: FaultyServer, tmp_path: Path
 ) -> None:
     rng = random.Random(0)
 
@@ -85,17 +97,19 @@ def test_fit_on_a_url_gives_the_sae_of_the_folder_to_the_bit_though_a_tenth_of_a
         return rng.choice(["500", "drop", "short", "429"]) if rng.random() < 0.1 else ""
 
     server.fault = fault
-    local, remote = fit(dataset, tmp_path / "local"), fit(server.url, tmp_path / "remote")
+    remote, local = fit(server.url, tmp_path / "remote"), tensors(run)
     assert local.keys() == remote.keys()
     assert all(torch.equal(local[name], remote[name]) for name in local)
-    assert server.url in (tmp_path / "remote" / "config.yaml").read_text()
-    # Judged and read by the address that the SAE remembers.
-    server.fault = lambda asked: ""
-    assert main(["evaluate", str(tmp_path / "remote"), "--effect", "false"]) == 0
-    assert main(["features", "build", str(tmp_path / "remote"), "--device", "cpu"]) == 0
+    assert load(tmp_path / "remote").meta["dataset_path"] == server.url
+
+
+def test_features_and_judgement_take_a_url_and_download_its_tokens_once(run: Path, server: FaultyServer) -> None:
+    assert main(["evaluate", str(run), "--data", server.url, "--effect", "false"]) == 0
+    build = ["features", "build", str(run), "--data", server.url, "--device", "cpu", "--split", "validation"]
+    assert main(build) == 0
     assert any(asked.file.startswith("tokens/") for asked in server.asked)
     server.asked.clear()
-    assert main(["features", "build", str(tmp_path / "remote"), "--device", "cpu", "--overwrite"]) == 0
+    assert main([*build, "--overwrite"]) == 0
     assert {asked.file for asked in server.asked if asked.range not in (None, "bytes=0-0")} == set()
 
 
