@@ -259,7 +259,7 @@ def test_inputs_that_change_between_calls_are_told(tmp_path: Path) -> None:
 
 def test_what_needs_text_says_that_there_is_none(tmp_path: Path) -> None:
     manifest = harvest_inputs(Frames(), sounds, **options(tmp_path / "o", sites=["layer"]))
-    with pytest.raises(DatasetError, match="holds no text; this needs a dataset made by `saeforge harvest`"):
+    with pytest.raises(ConfigError, match="holds no text; this needs a dataset made by `saeforge harvest`"):
         HeldOutTexts(tmp_path / "o", manifest, "validation", budget=100)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from saeforge.data.storage import hash_file, open_storage
 from saeforge.data.tario import npy_header
-from saeforge.errors import DatasetError
+from saeforge.errors import ConfigError
 from saeforge.lm.capture import ModelBatch, TokenBatch
 from saeforge.lm.tokens import Segment
 
@@ -217,10 +217,11 @@ def open_stored(root: str | Path, packing: Mapping[str, Any], splits: Sequence[s
         splits: whose contexts.
 
     Raises:
+        ConfigError: the dataset was made of other inputs than text.
         DatasetError: a file is missing or damaged.
     """
     if "special_tokens" not in packing:
-        raise DatasetError(
+        raise ConfigError(
             f"{root} was made of {packing.get('rule', 'other inputs')} and holds no text; this needs a dataset made by "
             "`saeforge harvest`"
         )
