@@ -47,7 +47,12 @@ def harvested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows[:, 0], rows[:, 1], rows[:, 2] = np.arange(4096) // 128, np.arange(4096) % 128, np.arange(4096) + 1000
     rows[:, 3] = rows[:, 0]
     writer.write_bucket("train", 0, {"layers.1:out": activations(), "layers.2:in": 2 * activations()}, rows)
-    writer.finish(model={"name": "no/such-model"}, packing={"rule": "one each", "context_length": 129, "files": {}})
+    limit = {"median": 10.0, "threshold": 50.0}
+    writer.finish(
+        model={"name": "no/such-model"},
+        packing={"rule": "one each", "context_length": 129, "files": {}},
+        outliers={"max_norm": 5.0, "pilot_rows": 64, "sites": {"layers.1:out": limit, "layers.2:in": limit}},
+    )
     (root / "tokens").mkdir()
     # Each context begins with a special token that is not kept.
     tokens = np.concatenate([[1, *range(1000 + 128 * i, 1128 + 128 * i)] for i in range(32)])
@@ -135,6 +140,7 @@ def test_samples_stand_in_their_text(harvested: Path, capsys: pytest.CaptureFixt
     card = capsys.readouterr().out
     assert "token ids 1 [1000] 1001 1002" in card
     assert "layers.2:in" in card
+    assert "left out    0 rows with norms over 50, 5 times the median 10 of a pilot of 64 rows" in card
     assert "layers.1:out" not in card
     assert re.search(r"^  even +2,048 tokens \(0 held out\), 16 documents$", card, re.MULTILINE)
 

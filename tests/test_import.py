@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from saeforge.data.imports import import_activations
 from saeforge.data.imports.units import _striped
+from saeforge.data.manifest import Manifest
 from saeforge.data.shards import ActivationDataset
 from saeforge.data.verify import verify_dataset
 from saeforge.data.writer import DatasetWriter
@@ -112,6 +113,8 @@ def test_seed_changes_the_order_and_nothing_else(flat: list[Path], tmp_path: Pat
         import_activations(flat, tmp_path / name, seed=seed)
         orders.append(numbers_of(read_all(tmp_path / name, "validation")[0]))
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    aligned = [Manifest.load(tmp_path / name / "manifest.json").alignment_sha256 for name in "abc"]
+    assert aligned[0] == aligned[1] != aligned[2]
     assert orders[0] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2])
 

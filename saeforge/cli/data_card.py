@@ -45,7 +45,7 @@ def card_lines(facts: dict[str, Any], decode: Decode | None) -> Iterator[str]:
         )
     yield from _labels(facts["labels"])
     for site in facts["sites"]:
-        yield from _site(site)
+        yield from _site(site, facts["outliers"])
     if facts["samples"]:
         yield ""
         yield f"sample rows ({facts['sites'][0]['id']})"
@@ -214,7 +214,7 @@ def _labels(labels: list[dict[str, Any]]) -> Iterator[str]:
         yield f"  {len(named) - MAX_LABELS:,} more labels with {rest:,} tokens (all: --json)"
 
 
-def _site(site: dict[str, Any]) -> Iterator[str]:
+def _site(site: dict[str, Any], outliers: dict[str, Any]) -> Iterator[str]:
     s = site["statistics"]
     alias = f" ({site['alias']})" if site["alias"] else ""
     yield ""
@@ -224,6 +224,12 @@ def _site(site: dict[str, Any]) -> Iterator[str]:
         f"norm        {median}mean {s['mean_norm']:.4g}, rms {s['rms_norm']:.4g}, max {s['max_norm']:.4g}; "
         f"the mean row is {100 * s['mean_share']:.1f}% of the mean square"
     )
+    limit = outliers.get("sites", {}).get(site["id"])
+    if limit:
+        yield (
+            f"left out    {limit['rows']:,} rows with norms over {limit['threshold']:.4g}, {outliers['max_norm']:g} times"
+            f" the median {limit['median']:.4g} of a pilot of {outliers['pilot_rows']:,} rows"
+        )
     shares = [f"{100 * share:.1f}% in {n}" for n, share in s["variance_share"].items()]
     if shares:
         yield f"variance    {', '.join(shares)} of {site['d']:,} dimensions"

@@ -65,6 +65,7 @@ def describe_dataset(path: str | Path, *, sites: Sequence[str] | None = None, sa
         "text": manifest.text,
         "packing": {key: value for key, value in manifest.packing.items() if key != "files"},
         "shuffle": manifest.shuffle,
+        "outliers": manifest.outliers,
         "labels": _labels(storage),
         "samples": _samples(path, storage, manifest, chosen[0], samples) if samples else [],
     }

@@ -135,9 +135,13 @@ def import_activations(
             x, provenance = _make_bucket(arrays, units, writer, split, bucket, seed if shuffle else None, advance)
             writer.write_bucket(split, bucket, {spec.id: x}, provenance)
             done += sizes[split, bucket]
+        known = all(array.has_tokens for array in arrays)
+        # Without tokens nothing says that the rows of two imports are of the same text.
+        aligned = {} if known else {"alignment_sha256": card["config_sha256"]}
         manifest = writer.finish(
+            **aligned,
             model={"name": model} if model else {},
-            text={"source": "import", "sources": table, "token_ids": all(array.has_tokens for array in arrays)},
+            text={"source": "import", "sources": table, "token_ids": known},
             shuffle={"seed": seed, "bucket_rows": bucket_rows, "generator": "numpy-philox", "shuffled": shuffle},
         )
         write_json(root / CARD, {**card, "status": "finished"})
