@@ -20,7 +20,7 @@ from saeforge.data.manifest import Manifest
 from saeforge.data.shards import ActivationDataset
 from saeforge.data.verify import verify_dataset
 from saeforge.data.writer import DatasetWriter
-from saeforge.errors import ConfigError, DatasetError
+from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 
 D = 8
 
@@ -350,6 +350,16 @@ def test_sources_that_changed_between_two_runs_are_not_mixed(
     import_activations(flat, out, bucket_rows=2048, overwrite=True)
     import_activations(flat, tmp_path / "fresh", bucket_rows=2048)
     assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    flat: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr("saeforge.data.imports.run.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(SaeforgeError, match="needs 1 MiB more, .* has 0 MiB free"):
+        import_activations(flat, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*/*.tar"))
 
 
 def test_foreign_folders_are_left_alone(flat: list[Path], tmp_path: Path) -> None:

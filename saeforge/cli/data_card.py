@@ -227,8 +227,8 @@ def _site(site: dict[str, Any], outliers: dict[str, Any]) -> Iterator[str]:
     limit = outliers.get("sites", {}).get(site["id"])
     if limit:
         yield (
-            f"left out    {limit['rows']:,} rows with norms over {limit['threshold']:.4g}, {outliers['max_norm']:g} times"
-            f" the median {limit['median']:.4g} of a pilot of {outliers['pilot_rows']:,} rows"
+            f"left out    {limit['rows']:,} rows with norms over {limit['threshold']:.4g}, {outliers['max_norm']:g} "
+            f"times the median {limit['median']:.4g} of a pilot of {outliers['pilot_rows']:,} rows"
         )
     shares = [f"{100 * share:.1f}% in {n}" for n, share in s["variance_share"].items()]
     if shares:

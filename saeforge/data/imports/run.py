@@ -25,9 +25,8 @@ from saeforge.data.imports.folder import CARD, claim
 from saeforge.data.imports.units import Units
 from saeforge.data.manifest import Manifest, write_json
 from saeforge.data.shards import DTYPES, ROW_FIELDS
-from saeforge.data.tario import no_space
 from saeforge.data.writer import MIN_ROWS, DatasetWriter, SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
-from saeforge.errors import ConfigError, DatasetError
+from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 
 MAX_BUCKET_ROWS = 2**20
 MAX_BUCKET_BYTES = 2**30
@@ -124,8 +123,12 @@ def import_activations(
             raise ConfigError(f"the sources changed since {root} was begun; give --overwrite true or another --out")
         sizes = {bucket: int(np.diff(writer.bucket_range(*bucket))[0]) for bucket in missing}
         needed = sum(sizes.values()) * (spec.row_bytes + 4 * len(ROW_FIELDS))
-        if needed > shutil.disk_usage(root).free:
-            raise no_space(root, 0)
+        free = shutil.disk_usage(root).free
+        if needed > free:
+            raise SaeforgeError(
+                f"the dataset needs {needed / 2**20:,.0f} MiB more, {root} has {free / 2**20:,.0f} MiB free; free some "
+                "space, or choose another --out or --dtype bfloat16"
+            )
         done = 0
         for split, bucket in missing:
 
