@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from saeforge.cli.main import main
+from saeforge.data.remote import RemoteStorage
 from saeforge.data.shards import ActivationDataset
 from saeforge.data.storage import open_storage
 from saeforge.data.verify import _Tokens, verify_dataset
@@ -143,6 +145,29 @@ def test_damaged_or_lost_tokens_at_the_origin_are_an_error(dataset: Path, server
         open_stored(server.url, packing, ["train"])
     server.always("")
     open_stored(server.url, packing, ["train"])
+
+
+def test_where_the_cache_has_no_room_tokens_go_to_another_disk_with_one_warning(
+    dataset: Path, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packing = ActivationDataset.open(dataset).manifest.packing
+    download, full = RemoteStorage._download, [tmp_path / "cache"]
+
+    def fill_up(self: RemoteStorage, file: str, path: Path) -> str:
+        if any(path.is_relative_to(folder) for folder in full):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return download(self, file, path)
+
+    monkeypatch.setattr(RemoteStorage, "_download", fill_up)
+    with pytest.warns(UserWarning, match=r"No space left on device\): reading goes on without it"):
+        stored = open_stored(server.url, packing, ["validation"])
+    assert stored.documents == open_stored(dataset, packing, ["validation"]).documents
+    full.append(Path("/"))
+    with (
+        pytest.warns(UserWarning, match="reading goes on without it"),
+        pytest.raises(DatasetError, match=r"the tokens of http://.* cannot be stored in .*: No space left"),
+    ):
+        open_stored(server.url, packing, ["validation"])
 
 
 def test_a_manifest_cannot_have_files_written_elsewhere(dataset: Path, server: FaultyServer, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class Cache:
         except FileNotFoundError:
             self._bytes = None  # somebody removed the cache just now; it is made again with the next entry
         except OSError as error:
-            self._give_up(error)
+            self.give_up(error)
 
     def link(self, sha256: str, path: Path) -> bool:
         """Put an entry, a whole file, at `path` too; False if there is none, or a damaged one, which is removed."""
@@ -145,19 +145,19 @@ class Cache:
         except FileNotFoundError:
             self._bytes = None  # somebody removed the cache just now; it is made again with the next entry
         except OSError as error:
-            self._give_up(error)
+            self.give_up(error)
 
     @contextlib.contextmanager
     def workplace(self) -> Iterator[Path]:
         """Give an empty folder for this once, on the cache's own disk where there is one."""
         with contextlib.ExitStack() as stack:
             place: str | None = None
-            if self.folder is not None and self.cap and not self._broken:
+            if self.folder is not None and self.usable:
                 try:
                     (self.folder / "work").mkdir(parents=True, exist_ok=True)
                     place = stack.enter_context(_temporary_folder(self.folder / "work"))
                 except OSError as error:
-                    self._give_up(error)
+                    self.give_up(error)
             yield Path(place or stack.enter_context(_temporary_folder(None)))
 
     def _path(self, key: str) -> Path | None:
@@ -216,7 +216,13 @@ class Cache:
                     total -= count
             return total
 
-    def _give_up(self, error: OSError) -> None:
+    @property
+    def usable(self) -> bool:
+        """Whether entries are kept here."""
+        return self.folder is not None and self.cap > 0 and not self._broken
+
+    def give_up(self, error: OSError) -> None:
+        """Keep nothing from now on, and say so."""
         self._broken = True
         warnings.warn(
             f"the cache {self.folder} cannot be written ({error.strerror}): reading goes on without it; free some "

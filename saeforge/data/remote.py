@@ -24,6 +24,7 @@ from urllib.parse import quote
 from saeforge.data.cache import Cache, number_from
 from saeforge.data.checksum import crc32 as checksum
 from saeforge.data.storage import Extent, ReadCounts, Storage
+from saeforge.data.web import Missing, Refused, get_range, no_package, on_the_hub
 from saeforge.errors import DatasetError
 
 T = TypeVar("T")
@@ -31,9 +32,7 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"
 CHUNK_BYTES = 1 << 23  # of a file that is downloaded whole
 SIZES_AT_ONCE = 16
 LONGEST_WAIT = 30.0
-WORTH_ANOTHER_TRY = {408, 425, 429}  # and all of 5xx
 WEB = ("http", "https", "hf")  # asked by our own requests, so that no answer but the true one counts
-HUB = re.compile(r"(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.+))?")
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,6 @@ class Patience:
         )
 
 
-class Missing(Exception):
-    """There is no such file."""
-
-
-class Refused(Exception):
-    """Asking again will not help; the text says what to do."""
-
-
 class WrongContent(Exception):
     """The bytes came, but they are not those that the manifest describes."""
 
@@ -100,7 +91,7 @@ class RemoteStorage(Storage):
         self._url = url.rstrip("/")
         self._headers: dict[str, str] = {}
         if self.scheme == "hf":
-            self._url, self._headers = _on_the_hub(rest.rstrip("/"), self.location)
+            self._url, self._headers = on_the_hub(rest.rstrip("/"), self.location)
         self.counts = ReadCounts()
         self.patience = patience or Patience.from_environment()
         self.cache = cache or Cache.from_environment()
@@ -148,44 +139,57 @@ class RemoteStorage(Storage):
     @contextlib.contextmanager
     def local_files(self, folder: str, files: Mapping[str, str]) -> Iterator[Path]:
         """See `Storage.local_files`: linked from the cache, or downloaded for this once where there is none."""
-        with self.cache.workplace() as place:
-            for file, sha256 in files.items():
-                if Path(file).name != file:  # a manifest from somewhere must not choose where files are written
-                    raise DatasetError(f"{self.location}: the manifest names the file {file!r}; harvest again")
-                name = f"{folder}/{file}"
-                if self.cache.link(sha256, place / file):
-                    self.counts.add(cache_bytes=(place / file).stat().st_size)
-                    continue
-                for attempt in (1, 2):
-                    try:
-                        self._download(name, place / file, sha256)
-                        break
-                    except WrongContent as error:
-                        if attempt == 2:
-                            raise DatasetError(f"{self.name(name)} is damaged ({error}, twice); restore it") from error
-                        self.counts.add(retries=1)
-                self.cache.adopt(sha256, place / file)
+        for file in files:
+            if Path(file).name != file:  # a manifest from somewhere must not choose where files are written
+                raise DatasetError(f"{self.location}: the manifest names the file {file!r}; harvest again")
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(self.cache.workplace())
+            try:
+                self._bring(folder, files, place)
+            except OSError as error:
+                if not self.cache.usable:
+                    raise _no_room(self.location, place, error) from error
+                self.cache.give_up(error)
+                place = stack.enter_context(self.cache.workplace())  # on another disk now
+                try:
+                    self._bring(folder, files, place)
+                except OSError as again:
+                    raise _no_room(self.location, place, again) from again
             yield place
 
-    def _download(self, file: str, path: Path, sha256: str) -> None:
+    def _bring(self, folder: str, files: Mapping[str, str], place: Path) -> None:
+        """Put the files into a local folder; a file that came with wrong content comes once more.
+
+        Raises:
+            OSError: they cannot be written.
+            DatasetError: they cannot be read.
+        """
+        for file, sha256 in files.items():
+            name = f"{folder}/{file}"
+            if self.cache.link(sha256, place / file):
+                self.counts.add(cache_bytes=(place / file).stat().st_size)
+                continue
+            if self._download(name, place / file) != sha256:
+                self.counts.add(retries=1)
+                if self._download(name, place / file) != sha256:
+                    raise DatasetError(
+                        f"{self.name(name)} is damaged (its sha256 does not match, twice); restore it, or harvest again"
+                    )
+            self.cache.adopt(sha256, place / file)
+
+    def _download(self, file: str, path: Path) -> str:
+        """Fetch a whole file and return its sha256."""
         size = self._size(file)
         if size is None:
             raise DatasetError(f"{self.name(file)} is missing; restore it, or harvest again")
         digest = hashlib.sha256()
-        try:
-            with path.open("wb") as out:
-                for start in range(0, size, CHUNK_BYTES):
-                    memory = memoryview(bytearray(min(CHUNK_BYTES, size - start)))
-                    self.read(file, start, memory, self.name(file))
-                    digest.update(memory)
-                    out.write(memory)
-        except OSError as error:
-            raise DatasetError(
-                f"{self.name(file)} ({size / 2**20:.0f} MiB) cannot be stored in {path.parent}: {error.strerror}; free "
-                "some space, or set SAEFORGE_CACHE to a folder with more"
-            ) from error
-        if digest.hexdigest() != sha256:
-            raise WrongContent("its sha256 does not match")
+        with path.open("wb") as out:
+            for start in range(0, size, CHUNK_BYTES):
+                memory = memoryview(bytearray(min(CHUNK_BYTES, size - start)))
+                self.read(file, start, memory, self.name(file))
+                digest.update(memory)
+                out.write(memory)
+        return digest.hexdigest()
 
     def _size(self, file: str) -> int | None:
         def ask() -> int:
@@ -259,7 +263,7 @@ class RemoteStorage(Storage):
         files = self._files()
         headers = {**self._headers, "Accept-Encoding": "identity"}
         answer: tuple[bytes, int] = sync(
-            files.loop, _get, files, self._path(file), headers, offset, count, self.patience.timeout
+            files.loop, get_range, files, self._path(file), headers, offset, count, self.patience.timeout
         )
         return answer
 
@@ -300,71 +304,13 @@ class RemoteStorage(Storage):
                 try:
                     made = fsspec.filesystem("https" if self.scheme in WEB else self.scheme, **options)
                 except ImportError as error:
-                    raise _no_package(self.location, PACKAGES.get(self.scheme, "fsspec")) from error
+                    raise no_package(self.location, PACKAGES.get(self.scheme, "fsspec")) from error
                 self._filesystem = (os.getpid(), made)
             return self._filesystem[1]
 
 
-def _no_package(location: str, package: str) -> DatasetError:
-    scheme = location.partition("://")[0]
-    return DatasetError(f"{location}: {scheme}:// needs the package {package}; pip install {package}")
-
-
-def _on_the_hub(path: str, location: str) -> tuple[str, dict[str, str]]:
-    """Return the web address of a folder in a repository, and who asks.
-
-    fsspec's own way would ask the hub's API about each block before reading it, and soon be told to slow down.
-    """
-    try:
-        from huggingface_hub import get_token, hf_hub_url
-    except ImportError as error:
-        raise _no_package(location, "huggingface_hub") from error
-    found = HUB.fullmatch(path)
-    if found is None:
-        raise DatasetError(f"{location}: expected hf://datasets/USER/NAME or hf://datasets/USER/NAME@REVISION/FOLDER")
-    kind, name, revision, folder = found.groups()
-    url = hf_hub_url(
-        name, f"{folder}/x" if folder else "x", repo_type=kind.rstrip("s") if kind else None, revision=revision
+def _no_room(location: str, place: Path, error: OSError) -> DatasetError:
+    return DatasetError(
+        f"the tokens of {location} cannot be stored in {place.parent}: {error.strerror}; free some space, or set "
+        "SAEFORGE_CACHE to a folder with more"
     )
-    token = get_token()
-    return url.removesuffix("/x"), {"Authorization": f"Bearer {token}"} if token else {}
-
-
-async def _get(
-    files: Any, url: str, headers: dict[str, str], offset: int, count: int | None, timeout: float
-) -> tuple[bytes, int]:
-    """Ask for a range; with `count` None for the file as it is now, past every proxy's memory."""
-    import aiohttp
-
-    if count is None:
-        headers["Cache-Control"] = "no-cache"
-    else:
-        headers["Range"] = f"bytes={offset}-{offset + count - 1}"
-    session = await files.set_session()
-    limit = aiohttp.ClientTimeout(total=timeout)
-    async with session.get(files.encode_url(url), headers=headers, timeout=limit) as response:
-        status = response.status
-        said = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)", response.headers.get("Content-Range", ""))
-        if status in (404, 410):
-            raise Missing(f"HTTP {status}")
-        if status == 416 and said:
-            if offset == 0:
-                return b"", int(said[3])
-            raise Refused(f"the file ends at byte {said[3]}, {offset + (count or 0)} are needed; restore it")
-        if status in WORTH_ANOTHER_TRY or status >= 500:
-            raise OSError(f"HTTP {status}")
-        if status in (401, 403):
-            raise Refused(f"HTTP {status}: not allowed; log in first (http: ~/.netrc, hf: `hf auth login`)")
-        if count is None and status == 200:
-            content = await response.read()
-            return content, len(content)
-        if status == 200:
-            raise Refused(
-                "the server ignores ranges and sends whole files; use one that knows them (nginx, caddy, any object "
-                "store), or download the dataset"
-            )
-        if status != 206 or not said or count is None:
-            raise Refused(f"the server answers HTTP {status} without the range that was asked for")
-        if said[1] is None or int(said[1]) != offset:
-            raise OSError(f"the server sent bytes from {said[1]} on, asked for {offset}")
-        return await response.read(), int(said[3])
