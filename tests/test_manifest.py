@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeforge.data.manifest import FORMAT_VERSION, Manifest, sha256_json
@@ -115,6 +115,47 @@ def test_merged_moments_equal_numpy_on_all_rows(sizes: list[int], offset: float,
     np.testing.assert_allclose(statistics.mean_norm, norms.mean(), rtol=1e-12)
     np.testing.assert_allclose(statistics.mean_square_norm, (norms**2).mean(), rtol=1e-12)
     np.testing.assert_allclose(statistics.max_norm, norms.max(), rtol=1e-14)
+
+
+@given(st.integers(1, 300), st.integers(1, 9000), st.floats(-1e3, 1e3), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_moments_of_bits_are_those_of_their_values(rows: int, d: int, offset: float, seed: int) -> None:
+    """Whatever the chunks; bfloat16 goes in as its bits."""
+    d = min(d, 200_000 // rows + 1)
+    x = (torch.randn(rows, d, generator=torch.Generator().manual_seed(seed)) + offset).bfloat16()
+    bits, values = Moments.of(x.view(torch.int16).numpy().view(np.uint16)), x.double().numpy()
+    assert bits.to_json() == Moments.of(x.float().numpy()).to_json() == Moments.of(values).to_json()
+    np.testing.assert_allclose(bits.mean, values.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(bits.m2, values.var(0) * rows, rtol=1e-9, atol=1e-9)
+    assert bits.norm_max == pytest.approx(np.linalg.norm(values, axis=1).max(), rel=1e-14)
+
+
+@given(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=200), st.integers(0, 200))
+def test_the_norm_histogram_counts_every_row_and_holds_the_median(norms: list[float], cut: int) -> None:
+    x = np.array(norms, dtype=np.float32)[:, None]
+    statistics = Moments.of(x[:cut]).merge(Moments.of(x[cut:])).statistics()
+    assert statistics.norm_histogram is not None
+    assert statistics.norm_histogram == sorted(statistics.norm_histogram)
+    assert sum(rows for _, rows in statistics.norm_histogram) == np.count_nonzero(x)
+    for number, rows in statistics.norm_histogram:
+        # A norm may lie on an edge to within rounding of the logarithm.
+        low, high = 2.0 ** (number / 8) * (1 - 1e-12), 2.0 ** ((number + 1) / 8) * (1 + 1e-12)
+        assert 0 < rows <= ((x >= low) & (x <= high)).sum()
+    median = float(np.sort(x[:, 0].astype(np.float64))[(len(x) - 1) // 2])
+    assert statistics.median_norm == pytest.approx(median, rel=0.05)
+
+
+def test_a_manifest_from_before_the_histogram_keeps_its_fingerprint(dataset: Path) -> None:
+    data = json.loads((dataset / "manifest.json").read_text())
+    for site in data["sites"]:
+        del site["statistics"]["norm_histogram"]
+    assert not {"outliers", "outlier_rows"} & {*data, *data["splits"]["train"]}, "what says nothing is not written"
+    rewrite(dataset, {"sites": data["sites"]})
+    written = json.loads((dataset / "manifest.json").read_text())["sha256"]
+    manifest = Manifest.load(dataset / "manifest.json")
+    assert manifest.fingerprint == written
+    assert manifest.sites[0].statistics.median_norm is None
+    assert manifest.splits["train"].outlier_rows == 0
 
 
 @given(st.integers(1, 2**34), st.integers(2, 2**20))

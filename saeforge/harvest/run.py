@@ -94,7 +94,9 @@ def _run(
         _fill(folder, config, work, prepared, rank)
         with folder.alone():
             folder.reread()
-            return _finished(folder) or finish(folder, config, work, prepared), True
+            if folder.card["status"] == "finished":  # by another process, meanwhile: all buckets were seen above
+                return Manifest.load(folder.root / "manifest.json"), True
+            return finish(folder, config, work, prepared), True
 
 
 def _finished(folder: DatasetFolder) -> Manifest | None:
