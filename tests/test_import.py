@@ -357,7 +357,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr("saeforge.data.imports.run.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(SaeforgeError, match="needs 1 MiB more, .* has 0 MiB free"):
+    with pytest.raises(SaeforgeError, match=r"needs 1 MiB more, .* has 0 MiB free"):
         import_activations(flat, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*/*.tar"))
 
