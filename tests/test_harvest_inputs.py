@@ -107,9 +107,10 @@ def plain(model: nn.Module, path: str, arguments: dict[str, torch.Tensor]) -> to
 
 def test_patches_of_images_are_rows(tmp_path: Path) -> None:
     model = vit().train()
+    frozen = model.get_submodule("embeddings").eval()
     keep = torch.arange(PATCHES) > 0  # not CLS
     manifest = harvest_inputs(model, images, keep=keep, **options(tmp_path / "o"))
-    assert model.training
+    assert (model.training, frozen.training) == (True, False)
     site = manifest.sites[0].module_path
     assert (manifest.packing["tokens_per_item"], manifest.text["source"]) == (PATCHES, "noise v1")
     model.eval()

@@ -176,12 +176,12 @@ def harvest_inputs(
             )
         return InputsWork(config, loaded, inputs, keep, names, labels)
 
-    training = isinstance(model, nn.Module) and model.training
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
     try:
         return run_work(config, load)
     finally:
-        if isinstance(model, nn.Module):
-            model.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 def _describe_keep(keep: Keep) -> str:
