@@ -39,7 +39,7 @@ class FaultyServer:
     root: Path
     url: str
     fault: Callable[[Asked], str] = lambda asked: ""
-    slow_seconds: float = 1.0
+    slow_seconds: float = 2.0
     asked: list[Asked] = field(default_factory=list)
 
     def once(self, fault: str, suffix: str = ".tar") -> None:

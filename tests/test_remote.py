@@ -6,9 +6,12 @@ import os
 import pickle
 import random
 import shutil
+import time
+from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import fsspec  # type: ignore[import-untyped]
@@ -18,7 +21,6 @@ import torch
 
 from saeforge.data.manifest import Manifest
 from saeforge.data.shards import ActivationDataset
-from saeforge.data.storage import open_storage
 from saeforge.data.verify import verify_dataset
 from saeforge.data.writer import write_dataset
 from saeforge.errors import ConfigError, DatasetError
@@ -156,7 +158,7 @@ def test_a_fault_that_passes_costs_one_retry(
     dataset: Path, server: FaultyServer, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault == "slow":
-        monkeypatch.setenv("SAEFORGE_READ_TIMEOUT", "0.3")
+        monkeypatch.setenv("SAEFORGE_READ_TIMEOUT", "1")
     remote = ActivationDataset.open(server.url)
     index = first_of_second_shard(remote)
     server.once(fault)
@@ -185,7 +187,7 @@ def test_a_fault_that_stays_is_an_error_that_names_shard_and_block(
     server: FaultyServer, fault: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault == "slow":
-        monkeypatch.setenv("SAEFORGE_READ_TIMEOUT", "0.2")
+        monkeypatch.setenv("SAEFORGE_READ_TIMEOUT", "0.5")
     remote = ActivationDataset.open(server.url)
     server.always(fault)
     with pytest.raises(DatasetError, match=f"{SHARD}: {words}") as caught:
@@ -314,10 +316,47 @@ def test_the_hub_is_read_by_ranges_at_the_files_own_addresses(
         ActivationDataset.open("hf://datasets")
 
 
-def test_a_password_is_used_and_never_shown() -> None:
-    storage = open_storage("https://me:secret@host/acts/")
-    assert storage.location == "https://host/acts"
-    assert "secret" not in storage.name("manifest.json")
+def test_a_password_is_used_and_never_shown(server: FaultyServer) -> None:
+    remote = ActivationDataset.open(server.url.replace("http://", "http://me:secret@"))
+    assert {asked.authorization for asked in server.asked} == {"Basic " + b64encode(b"me:secret").decode()}
+    assert remote.location == server.url
+    server.always("500")
+    with pytest.raises(DatasetError, match="HTTP 500") as caught:
+        remote.read_block("train", 0)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["error", "short", "wrong", "hangs"])
+def test_other_file_systems_get_the_same_patience(
+    dataset: Path, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SAEFORGE_READ_TIMEOUT", "0.5")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(dataset), "/bucket/acts", recursive=True)
+    remote = ActivationDataset.open("memory://bucket/acts")
+    original, left = type(memory).cat_file, [fault]
+
+    def cat_file(self: Any, path: str, start: int, end: int) -> bytes:
+        content = original(self, path, start=start, end=end)
+        now = left.pop() if left else ""
+        if now == "error":
+            raise OSError("the line is dead")
+        if now == "hangs":
+            time.sleep(1.5)
+        return {"short": content[:-1], "wrong": content[:-1] + bytes([content[-1] ^ 1])}.get(now, content)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    try:
+        assert torch.equal(remote.read_block("train", 9), ActivationDataset.open(dataset).read_block("train", 9))
+        assert remote.counts.retries == 1
+        shutil.rmtree(tmp_path / "cache")
+        left += [fault] * 3
+        with pytest.raises(
+            DatasetError, match=r"memory://bucket/acts/array\.out/train-000000\.tar, block 9: cannot be"
+        ):
+            remote.read_block("train", 9)
+    finally:
+        memory.rm("/bucket", recursive=True)
 
 
 def test_numbers_in_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ class Patience:
     Attributes:
         tries: requests for one thing at most.
         wait: seconds before the second try; doubled for each one after, 30 at most, times 0.5 to 1.5 at random.
-        timeout: seconds for one request.
+        timeout: seconds for one request; 0: as long as it takes.
     """
 
     tries: int = 5
@@ -279,7 +279,7 @@ class RemoteStorage(Storage):
 
         thread = threading.Thread(target=run, daemon=True, name="saeforge-remote")
         thread.start()
-        thread.join(self.patience.timeout)
+        thread.join(self.patience.timeout or None)
         if not result:
             raise TimeoutError(f"no answer within {self.patience.timeout:g} s")
         good, value = result[0]

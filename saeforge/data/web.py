@@ -20,6 +20,7 @@ class Refused(Exception):
 
 
 def no_package(location: str, package: str) -> DatasetError:
+    """Return the error for a scheme whose package is not installed."""
     scheme = location.partition("://")[0]
     return DatasetError(f"{location}: {scheme}:// needs the package {package}; pip install {package}")
 
@@ -47,7 +48,24 @@ def on_the_hub(path: str, location: str) -> tuple[str, dict[str, str]]:
 async def get_range(
     files: Any, url: str, headers: dict[str, str], offset: int, count: int | None, timeout: float
 ) -> tuple[bytes, int]:
-    """Ask for a range; with `count` None for the file as it is now, past every proxy's memory."""
+    """Ask for a range of a file, or for all of it as it is now, past every proxy's memory.
+
+    Args:
+        files: fsspec's file system for the web, which owns the session.
+        url: of the file.
+        headers: to be sent; changed.
+        offset: first byte.
+        count: bytes; None for the whole file.
+        timeout: seconds for all of it; 0: as long as it takes.
+
+    Returns:
+        The bytes, and the size of the whole file.
+
+    Raises:
+        Missing: no such file.
+        Refused: an answer that will not change.
+        OSError, aiohttp.ClientError: one that may.
+    """
     import aiohttp
 
     if count is None:
