@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from saeforge.data.manifest import Manifest
 from saeforge.data.shards import ActivationDataset
 from saeforge.errors import ConfigError
-from saeforge.harvest import harvest
+from saeforge.harvest import HarvestConfig, harvest
+from saeforge.harvest.work import TextWork
 from saeforge.lm.capture import Capture, TokenBatch, input_place
 from saeforge.lm.load import load_model, load_tokenizer
 from tests.tiny_models import save_model
@@ -152,6 +154,31 @@ def test_code_of_a_tokenizer_does_not_run_unless_allowed(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="none of it was run"):
         load_tokenizer(str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+def test_revision_and_trust_reach_configuration_model_and_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model("llama", tmp_path / "m")
+    seen: list[tuple[str, Any, Any]] = []
+
+    def watched(name: str, real: Any) -> Any:
+        def from_pretrained(*args: Any, **given: Any) -> Any:
+            seen.append((name, given.get("revision"), given.get("trust_remote_code")))
+            return real(*args, **given)
+
+        return from_pretrained
+
+    for kind in (AutoConfig, AutoModel, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", watched(kind.__name__, kind.from_pretrained))
+    for trust in (False, True):
+        seen.clear()
+        config = HarvestConfig.build(None, options(folder, tmp_path, revision="v2", trust_remote_code=trust))
+        work = TextWork.load(config, "cpu")
+        assert {name for name, *_ in seen} == {"AutoConfig", "AutoModel", "AutoTokenizer"}
+        assert {(revision, trusted) for _, revision, trusted in seen} == {("v2", trust)}
+        assert work.loaded.card["revision"] == "v2"
+        assert "remote_code" not in work.loaded.card  # allowed, but there was none
 
 
 def test_weights_of_another_size_matter_only_before_the_site(tmp_path: Path) -> None:
