@@ -305,8 +305,14 @@ def test_which_rows_are_outliers_does_not_depend_on_buckets_or_batches(home: Pat
     assert sets[0] == sets[1] > 100
 
 
-def test_groups_stay_together_in_blocks_and_go_together(home: Path, tmp_path: Path) -> None:
-    manifest = harvest(**options(home, tmp_path / "o", group_rows=4))
+def test_groups_stay_together_in_blocks_and_go_together(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = harvest(**options(home, tmp_path / "o", group_rows=4, n_tokens=4_003))
+    said = capsys.readouterr().out
+    assert "ran out" not in said, "the last three tokens could fill no group"
+    assert f"{manifest.packing['counts']['ungrouped']:,} tokens filled no group of 4" in said
+    assert f"{manifest.splits['train'].outlier_rows:,} outliers)" in said
     assert manifest.shuffle["group_rows"] == 4
     counts = manifest.packing["counts"]
     assert counts["kept_tokens"] == 4_000

@@ -17,7 +17,7 @@ def summary(manifest: Manifest, root: Path) -> str:
         f"text        {manifest.text['source']}: {counts['kept_tokens']:,} tokens kept of {counts['text_tokens']:,}",
         f"packing     {packing['rule']}",
     ]
-    if counts["kept_tokens"] < manifest.text["n_tokens"]:
+    if manifest.text["n_tokens"] - counts["kept_tokens"] >= manifest.shuffle["group_rows"]:
         lines.append(f"            the text ran out before n_tokens = {manifest.text['n_tokens']:,}")
     if counts.get("ungrouped"):
         lines.append(f"            {counts['ungrouped']:,} tokens filled no group of {manifest.shuffle['group_rows']}")
