@@ -85,7 +85,7 @@ def make_dataset(home: Path, kind: str, out: Path, **changes: Any) -> None:
 
 def meta_of(dataset: Path, kind: str, *, target: str | None = None, site: str | None = None) -> dict[str, Any]:
     site = site or f"{SITE[kind]}:out"
-    return ShardSource(str(dataset), input=site, target=target).identity
+    return ShardSource(str(dataset), input=site, target=target).pairs[0].identity
 
 
 def random_sae(meta: dict[str, Any], *, d_sae: int = 96, k: int = 8, skip: bool = False) -> SAE:

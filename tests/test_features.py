@@ -70,7 +70,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bucket_rows=2048,
         device="cpu",
     )
-    meta = ShardSource(str(home / "acts"), input="resid_post.1").identity
+    meta = ShardSource(str(home / "acts"), input="resid_post.1").pairs[0].identity
     for rule in RULES:
         make_sae(rule, meta).save(home / rule / "sae")
         build_features(home / rule, device="cpu", unit_rows=1000)
@@ -595,7 +595,7 @@ def test_two_hundred_thousand_tokens_equal_a_dense_computation(home: Path, tmp_p
         context_length=128,
         device="cpu",
     )
-    sae = make_sae(rule, ShardSource(str(tmp_path / "acts"), input="resid_post.1").identity, d_sae=512)
+    sae = make_sae(rule, ShardSource(str(tmp_path / "acts"), input="resid_post.1").pairs[0].identity, d_sae=512)
     sae.save(tmp_path / "run" / "sae")
     built = build_features(tmp_path / "run", device="cpu")
     assert built.tokens >= 200_000
