@@ -153,6 +153,34 @@ def test_processes_share_the_work_and_one_is_killed(
     assert_same(tmp_path / "o", whole)
 
 
+def test_who_waits_takes_over_when_the_preparing_process_is_killed(
+    home: Path, tmp_path: Path, jobs: Jobs, whole: dict[str, Any]
+) -> None:
+    """Whoever comes first is killed in the middle of the text, then whoever was waiting, then the third one is left."""
+    given = options(home, tmp_path / "o")
+    cuts = whole["steps"].count("cut")
+    results = jobs(*({"options": given, "at": ["cut", cuts // 2]} for _ in range(2)), {"options": given, "slow": 0.1})
+    statuses = [result["status"] for result in results]
+    assert statuses[2] == 0, results
+    assert set(statuses[:2]) <= {0, -9}  # 0: it came after the third, and had nothing to prepare
+    assert_same(tmp_path / "o", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_three_processes_killed_at_random_until_one_is_through(
+    home: Path, tmp_path: Path, jobs: Jobs, whole: dict[str, Any], seed: int
+) -> None:
+    given, rng = options(home, tmp_path / "o"), random.Random(seed)
+    statuses: list[int] = []
+    while 0 not in statuses:
+        results = jobs(*({"options": given, "at": rng.randint(1, 300), "slow": 0.05} for _ in range(3)))
+        statuses += [result["status"] for result in results]
+        assert set(statuses) <= {0, -9}, results
+    assert statuses.count(-9) > 3
+    assert_same(tmp_path / "o", whole)
+
+
 def test_ranks_begin_with_buckets_of_their_own_and_rank_0_alone_speaks(
     home: Path, tmp_path: Path, jobs: Jobs, whole: dict[str, Any]
 ) -> None:

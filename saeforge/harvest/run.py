@@ -86,16 +86,21 @@ def _run(
             if "plan" not in folder.card:
                 work = load(device)
                 prepare(folder, config, work, rank)
+            elif folder.card["status"] == "finished":  # it was, but something is lost
+                folder.save("harvesting")
         work = work or load(device)
         with folder.alone():
             folder.reread()
+            if folder.card["status"] == "finished":
+                return Manifest.load(folder.root / "manifest.json"), True
             register(folder, work)
         prepared = work.open(folder.root / "tokens")
         _fill(folder, config, work, prepared, rank)
         with folder.alone():
             folder.reread()
-            if folder.card["status"] == "finished":  # by another process, meanwhile: all buckets were seen above
+            if folder.card["status"] == "finished":  # by another process, meanwhile
                 return Manifest.load(folder.root / "manifest.json"), True
+            folder.remove_parts()
             return finish(folder, config, work, prepared), True
 
 
