@@ -13,9 +13,10 @@ import torch
 from saeforge.cli import main as cli
 from saeforge.cli.data_card import BAR_WIDTH, HISTOGRAM_LINES, histogram_lines, size
 from saeforge.data.card import describe_dataset
+from saeforge.data.layout import SiteSpec, SplitPlan
 from saeforge.data.manifest import Manifest, write_json
 from saeforge.data.moments import Moments
-from saeforge.data.writer import DatasetWriter, SiteSpec, SplitPlan, write_dataset
+from saeforge.data.writer import DatasetWriter, write_dataset
 from saeforge.errors import DatasetError
 
 D = 24

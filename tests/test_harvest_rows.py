@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer
 
+from saeforge.data.layout import SiteSpec, SplitPlan, bucket_permutation
 from saeforge.data.manifest import Manifest
 from saeforge.data.shards import ActivationDataset
-from saeforge.data.writer import DatasetWriter, SiteSpec, SplitPlan, bucket_permutation
+from saeforge.data.writer import DatasetWriter
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.harvest import harvest
 from saeforge.harvest.buckets import make_rows

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saeforge.data.layout import MAX_BLOCK_BYTES, MIN_ROWS, choose_block_rows
 from saeforge.data.manifest import FORMAT_VERSION, Manifest, sha256_json
 from saeforge.data.moments import Moments
 from saeforge.data.shards import ActivationDataset
-from saeforge.data.writer import MAX_BLOCK_BYTES, MIN_ROWS, choose_block_rows, write_dataset
+from saeforge.data.writer import write_dataset
 from saeforge.errors import DatasetError
 
 

@@ -9,7 +9,8 @@ import torch
 
 import saeforge
 from saeforge.cli.main import main
-from saeforge.data.writer import DatasetWriter, SiteSpec, SplitPlan, choose_block_rows
+from saeforge.data.layout import SiteSpec, SplitPlan, choose_block_rows
+from saeforge.data.writer import DatasetWriter
 from saeforge.errors import CheckpointError
 from tests.test_fit import interrupt
 from tests.toy import toy_rows

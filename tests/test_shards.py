@@ -20,11 +20,12 @@ import torch
 import webdataset as wds
 
 from saeforge.data import tario
+from saeforge.data.layout import SiteSpec, SplitPlan, bucket_permutation
 from saeforge.data.manifest import Manifest
 from saeforge.data.shards import ActivationDataset
 from saeforge.data.tario import ALIGNMENT, write_shard
 from saeforge.data.verify import Finding, verify_dataset
-from saeforge.data.writer import DatasetWriter, SiteSpec, SplitPlan, bucket_permutation, write_dataset
+from saeforge.data.writer import DatasetWriter, write_dataset
 from saeforge.errors import DatasetError, SaeforgeError
 
 D = 24

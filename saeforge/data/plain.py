@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from saeforge.data.foreign import TORCH_DTYPES, Span, first_bad_row, memory_of, read_rows
+from saeforge.data.layout import MIN_ROWS, choose_block_rows
 from saeforge.data.local import expand
 from saeforge.data.moments import Moments, Statistics
 from saeforge.data.source import Pair, Rows
 from saeforge.data.tarscan import scan_tar
-from saeforge.data.writer import MIN_ROWS, choose_block_rows
 from saeforge.errors import ConfigError, DatasetError
 
 STATISTICS_ROWS = 2**18

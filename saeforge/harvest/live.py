@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeforge.data.layout import bucket_permutation
 from saeforge.data.manifest import Manifest, sha256_json
 from saeforge.data.moments import Moments
 from saeforge.data.shards import DTYPES
 from saeforge.data.source import Pair, Rows, ShardSource
-from saeforge.data.writer import bucket_permutation, read_bucket
+from saeforge.data.writer import read_bucket
 from saeforge.errors import DatasetError
 from saeforge.harvest import run as engine
 from saeforge.harvest.buckets import make_rows

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from saeforge import __version__
+from saeforge.data.layout import SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
 from saeforge.data.manifest import Manifest
 from saeforge.data.moments import Moments
 from saeforge.data.shards import DTYPES, ROW_FIELDS
 from saeforge.data.tario import no_space
-from saeforge.data.writer import DatasetWriter, SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
+from saeforge.data.writer import DatasetWriter
 from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.harvest.behind import Behind, write_rows
 from saeforge.harvest.buckets import make_rows

@@ -23,9 +23,10 @@ from saeforge.data.imports.arrays import ForeignArray, open_arrays
 from saeforge.data.imports.arrow import ArrowArray
 from saeforge.data.imports.folder import CARD, claim
 from saeforge.data.imports.units import Units
+from saeforge.data.layout import MIN_ROWS, SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
 from saeforge.data.manifest import Manifest, write_json
 from saeforge.data.shards import DTYPES, ROW_FIELDS
-from saeforge.data.writer import MIN_ROWS, DatasetWriter, SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
+from saeforge.data.writer import DatasetWriter
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 
 MAX_BUCKET_ROWS = 2**20
