@@ -348,8 +348,10 @@ def test_a_bucket_may_lose_everything(tmp_path: Path) -> None:
     assert (split.n_blocks, split.dropped_rows, split.outlier_rows) == (32 + 0 + 0 + 2, 15 + 8, 512 + 497 + 472)
     dataset = ActivationDataset.open(tmp_path)
     assert torch.equal(dataset.read_block("train", 33), x[16:32])
-    with pytest.raises(ValueError, match="not \\(100, 4\\)"):
-        writer.write_bucket("train", 0, {"a:out": x}, rows, outlier_rows=412)
+    with pytest.raises(ValueError, match=r"a:out: got \(512, 4\) .* not \(100, 4\)"):
+        writer.write_bucket("train", 0, {"a:out": x}, rows[:100], outlier_rows=412)
+    with pytest.raises(ValueError, match=r"provenance of shape \(512, 4\), not \(100, 4\)"):
+        writer.write_bucket("train", 0, {"a:out": x[:100]}, rows, outlier_rows=412)
     for bucket in (0, 3):
         writer.write_bucket("train", bucket, {"a:out": x[:0]}, rows[:0], outlier_rows=512)
     with pytest.raises(DatasetError, match="every training row is an outlier; give a larger max_norm, or null"):

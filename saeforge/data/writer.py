@@ -137,6 +137,10 @@ class DatasetWriter:
         start, stop = self.bucket_range(split, bucket)
         block_rows = self.splits[split].block_rows
         whole = (stop - start - outlier_rows) // block_rows * block_rows
+        if rows.shape != (stop - start - outlier_rows, len(ROW_FIELDS)):
+            raise ValueError(
+                f"provenance of shape {rows.shape}, not ({stop - start - outlier_rows}, {len(ROW_FIELDS)})"
+            )
         stored: dict[str, np.ndarray] = {ROWS_FOLDER: np.asarray(rows, dtype="<u4")}
         for site in self.sites:
             x = activations[site.id]
