@@ -59,8 +59,10 @@ def run_work(config: Options, load: Callable[[str], Work]) -> Manifest:
     """
     rank = Rank.here()
     device = rank.device(config.device, resolve_device(config.device), torch.cuda.device_count())
-    identity = {**config.identity(), "device": torch.device(device).type}
-    folder = DatasetFolder(Path(config.out), identity)
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is not None:  # or every process would open a context on the first device
+        torch.cuda.set_device(place)
+    folder = DatasetFolder(Path(config.out), {**config.identity(), "device": place.type})
     try:
         manifest, news = _run(folder, config, rank, device, load)
     except OSError as error:
