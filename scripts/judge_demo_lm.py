@@ -5,8 +5,10 @@
 Give the same `--text` as in training: the model's training.json tells whether it is. Three measures for each label:
 1. Bits per byte of the held-out documents, beside a 5-gram Kneser-Ney model of the same tokens and training text.
 2. A classifier of character n-grams, trained on one half of the held-out documents (or on --classifier-text) and
-   measured on the other half, names the labels of 20 continuations of 50 tokens. Prompts are beginnings of held-out
-   documents that the classifier did not see; it gets the continuation alone.
+   measured on the other half, names the labels of 100 continuations of 50 tokens. Prompts are beginnings of held-out
+   documents that the classifier did not see; it gets the continuation alone. A piece of an HTML page may begin in the
+   middle of a listing, from which nobody could tell that it is HTML: what counts are prompts whose own label the
+   classifier can name; the figure for all prompts stands beside it.
 3. A few of these continuations to read.
 Ends with code 1 if a goal is missed: bits at least 10% below Kneser-Ney's on every label, a classifier that is right on
 at least 98% of held-out documents, at least 80% of each label's continuations named right.
@@ -35,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from saeforge.errors import ConfigError, SaeforgeError
 
 LEAST_GAIN, LEAST_ACCURACY, LEAST_NAMED = 0.10, 0.98, 0.80
-PER_LABEL = 20  # continuations
+PER_LABEL = 100  # continuations: of 20, a share of 85% comes out below 80% every fourth time
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Verdict:
     accuracy: float  # of the classifier, on held-out documents
     piece_accuracy: float  # on pieces of them as short as a continuation
     n_documents: int
-    samples: list[Sample]
+    samples: list[Sample]  # after prompts that tell their label
+    any_prompt: dict[str, float]  # share named right after any prompt
 
     def named(self, label: str) -> float:
         """Share of a label's continuations that the classifier names right."""
@@ -131,22 +134,37 @@ def judge(
     accuracy = float(np.mean(right))
 
     say("continuations")
-    prompts: list[tuple[str, list[int]]] = []
     unseen = set(asked)
-    for label in by_label:
-        own = [ids for ids, doc in zip(held_ids, held, strict=True) if doc in unseen and doc.label == label]
-        own = [ids[: how.prompt_tokens] for ids in own if len(ids) >= how.prompt_tokens]
-        if not own:
-            raise ConfigError(f"label '{label}' has no held-out document of {how.prompt_tokens} tokens: add text")
-        prompts += [(label, own[i % len(own)]) for i in range(per_label)]
-    drawn = continuations(model, [ids for _, ids in prompts], how)
-    samples = [
-        Sample(label, tokenizer.decode(ids), tokenizer.decode(new))
-        for (label, ids), new in zip(prompts, drawn, strict=True)
-    ]
-    for sample, named in zip(samples, classifier.predict([sample.continuation for sample in samples]), strict=True):
-        sample.named = str(named)
-    return Verdict(model_bits, baseline_bits, own_bits, accuracy, piece_accuracy, len(asked), samples)
+    starts = {
+        label: [
+            ids[: how.prompt_tokens]
+            for ids, doc in zip(held_ids, held, strict=True)
+            if doc in unseen and doc.label == label and len(ids) >= how.prompt_tokens
+        ]
+        for label in by_label
+    }
+    telling = {
+        label: [ids for ids in own if classifier.predict([tokenizer.decode(ids)])[0] == label]
+        for label, own in starts.items()
+    }
+
+    def draw(prompts: dict[str, list[list[int]]]) -> list[Sample]:
+        for label, own in prompts.items():
+            if not own:
+                raise ConfigError(f"label '{label}' has no held-out document to prompt with: add text")
+        asked = [(label, own[i % len(own)]) for label, own in prompts.items() for i in range(per_label)]
+        drawn = continuations(model, [ids for _, ids in asked], how)
+        texts = [tokenizer.decode(new) for new in drawn]
+        names = classifier.predict(texts)
+        return [
+            Sample(label, tokenizer.decode(ids), text, str(name))
+            for (label, ids), text, name in zip(asked, texts, names, strict=True)
+        ]
+
+    samples = draw(telling)
+    after_any = {label: [s.named == label for s in draw({label: own})] for label, own in starts.items()}
+    any_prompt = {label: float(np.mean(right)) for label, right in after_any.items()}
+    return Verdict(model_bits, baseline_bits, own_bits, accuracy, piece_accuracy, len(asked), samples, any_prompt)
 
 
 def say(text: str) -> None:
@@ -177,15 +195,17 @@ def report(verdict: Verdict, facts: dict[str, Any], documents: Sequence[Document
         "the same tokens and the same training text, and, to compare, such a 5-gram model of the label's text alone. "
         f'Goal: at least {LEAST_GAIN:.0%} less than the first of these. "Named": see below.',
         "",
-        "| label | training tokens | times read | held-out kB | model | 5-gram | less | label's own 5-gram | named |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| label | training tokens | times read | held-out kB | model | 5-gram | less | label's own 5-gram | named "
+        "| any prompt |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for label, bits in verdict.model_bits.items():
         own, size = facts["labels"][label], sum(len(document.text.encode()) for document in held[label])
         lines.append(
             f"| {label} | {own['tokens']:,} | {own['epochs']:.1f} | {size / 1e3:.0f} | {bits:.3f} "
             f"| {verdict.baseline_bits[label]:.3f} | {1 - bits / verdict.baseline_bits[label]:.1%} "
-            f"| {verdict.own_baseline_bits[label]:.3f} | {verdict.named(label):.0%} |"
+            f"| {verdict.own_baseline_bits[label]:.3f} | {verdict.named(label):.0%} "
+            f"| {verdict.any_prompt[label]:.0%} |"
         )
     lines += [
         "",
@@ -196,7 +216,8 @@ def report(verdict: Verdict, facts: dict[str, Any], documents: Sequence[Document
         f"{verdict.piece_accuracy:.1%} of pieces of {PIECE} characters, about as long as a continuation. It then names "
         f"{per_label} continuations of {how.new_tokens} tokens for each label, without their prompts "
         f"({how.prompt_tokens} tokens of held-out documents; temperature {how.temperature}, top-p {how.top_p}, seed "
-        f'{how.seed}): column "named" above (goal {LEAST_NAMED:.0%}).',
+        f'{how.seed}) from which it can name the label itself: column "named" above (goal {LEAST_NAMED:.0%}). Beside '
+        "it the same after any prompt: some pieces of HTML begin in a log or listing, which nobody could tell from one.",
         "",
         "The first two of each label, the prompt before the bar:",
         "",
