@@ -217,7 +217,7 @@ def report(verdict: Verdict, facts: dict[str, Any], documents: Sequence[Document
         f"{per_label} continuations of {how.new_tokens} tokens for each label, without their prompts "
         f"({how.prompt_tokens} tokens of held-out documents; temperature {how.temperature}, top-p {how.top_p}, seed "
         f'{how.seed}) from which it can name the label itself: column "named" above (goal {LEAST_NAMED:.0%}). Beside '
-        "it the same after any prompt: some pieces of HTML begin in a log or listing, which nobody could tell from one.",
+        "it the same after any prompt: some pieces of HTML begin in a log or a listing, which tells nobody what it is.",
         "",
         "The first two of each label, the prompt before the bar:",
         "",
