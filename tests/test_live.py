@@ -201,7 +201,8 @@ def test_rows_in_place_of_outliers_are_counted(home: Path, tmp_path: Path) -> No
         norms.append(rows.norm(dim=1))
     largest = live._folder.card["plan"]["outliers"]["sites"]["layers.2:out"]["threshold"]
     assert torch.cat(norms).max() <= largest
-    assert 0 < live.counters()["rows_repeated"] <= outliers
+    # Beside the outliers, what they leave of the last stored block of 64 rows.
+    assert 0 < outliers <= live.counters()["rows_repeated"] <= outliers + 63 * live.n_blocks("train")
     assert live.counters()["blocks_made"] == live.n_blocks("train")
     live.close()
 
@@ -209,9 +210,48 @@ def test_rows_in_place_of_outliers_are_counted(home: Path, tmp_path: Path) -> No
 def test_a_block_of_nothing_but_outliers_is_an_error(home: Path, tmp_path: Path) -> None:
     live = LiveSource(config(home, tmp_path / "live", ("resid_post.2",)))
     live._folder.card["plan"]["outliers"]["sites"]["layers.2:out"]["threshold"] = 0.0
-    with pytest.raises(DatasetError, match=r"all of its 1024 tokens are outliers; give a larger max_norm"):
+    with pytest.raises(DatasetError, match=r"outliers leave too few of its 1024 tokens; give a larger max_norm"):
         live.read_block("train", 0)
     live.close()
+
+
+def test_blocks_with_outliers_are_the_same_written_or_not_and_read_again(home: Path, tmp_path: Path) -> None:
+    plain = LiveSource(config(home, tmp_path / "plain", ("resid_post.2",), max_norm=1.1))
+    writing = LiveSource(config(home, tmp_path / "writing", ("resid_post.2",), max_norm=1.1), write=True)
+    for index in range(plain.n_blocks("train")):
+        (rows,) = plain.read_block("train", index)
+        for _ in range(2):  # made, then read
+            assert torch.equal(rows, writing.read_block("train", index)[0])
+    assert plain.counters()["rows_repeated"] > 0
+    plain.close()
+    writing.close()
+
+
+def test_small_blocks_are_stored_in_smaller_ones(home: Path, tmp_path: Path) -> None:
+    """Whatever the width of the model asks for: an outlier must not cost a whole block."""
+    live = LiveSource(config(home, tmp_path / "live", ("resid_post.2",), bucket_rows=32))
+    assert live.manifest.splits["train"].block_rows == 16
+    assert live.n_blocks("train") > 300
+    assert live.read_block("train", 300)[0].shape == (32, 32)
+    live.close()
+
+
+def test_a_closed_source_says_so(home: Path, tmp_path: Path) -> None:
+    live = LiveSource(config(home, tmp_path / "live", ("resid_post.2",)))
+    live.close()
+    with pytest.raises(DatasetError, match="was closed when its run ended"):
+        live.read_block("train", 0)
+
+
+def test_a_finished_dataset_stays_finished(home: Path, tmp_path: Path) -> None:
+    root = tmp_path / "stored"
+    harvest(config(home, root, ("resid_post.2",)))
+    before = (root / "manifest.json").read_bytes()
+    live = LiveSource(config(home, root, ("resid_post.2",)))
+    live.read_block("train", 0)
+    live.close()
+    assert json.loads((root / "dataset.json").read_text())["status"] == "finished"
+    assert (root / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

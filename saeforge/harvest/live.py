@@ -44,6 +44,8 @@ LEAST_BLOCKS = 32
 #: Places from which the sample for initialisation and statistics is taken.
 SAMPLE_PLACES = 64
 SAMPLE_ROWS = 65_536
+#: Blocks on disk of one that is made at once: what outliers leave of the last one is not stored, here at most 1/16.
+STORED_BLOCKS = 16
 
 
 class LiveSource:
@@ -68,15 +70,16 @@ class LiveSource:
         self._stack = contextlib.ExitStack()
         with self._folder.alone():
             self._stack.enter_context(self._folder.joined(overwrite=config.overwrite))
+            self._folder.remove_parts()
             self._work = TextWork.load(config, device)
             if "plan" not in self._folder.card:
-                engine.prepare(self._folder, config, self._work, rank)
+                engine.prepare(self._folder, config, self._work, rank, blocks_per_bucket=STORED_BLOCKS)
             engine.register(self._folder, self._work)
         self._prepared = self._work.open(self._folder.root / "tokens")
         self._capture = self._stack.enter_context(Capture(self._work.loaded.model, self._work.loaded.sites))
         self._lock = threading.Lock()  # the model sees one batch at a time
         self._writer = engine.open_writer(self._folder)
-        self._retaken, self._made = 0, 0
+        self._retaken, self._made, self._closed = 0, 0, False
         self._sample = self._take_sample()
         moments = [Moments.of(rows.float().numpy()) for rows in self._sample]
         self.statistics = tuple(part.statistics() for part in moments)
@@ -108,11 +111,19 @@ class LiveSource:
         """Runs the model over the block's text, or reads the block if its shards are there.
 
         Where rows were left out as outliers, the block's first rows stand in their places a second time: all blocks
-        have to be equally long. `counters` says how many.
+        have to be equally long. `counters` says how many. A block has the rows that shards would hold of it (whole
+        stored blocks), so that it is the same whether it was written or not.
+
+        Raises:
+            DatasetError: outliers leave nothing of the block; the source was closed; what writing or the model raise.
         """
         if split != "train":
             return self._held_out.read_block(split, index, into)
         with self._lock:
+            if self._closed:
+                raise DatasetError(
+                    f"the live source of {self._folder.root} was closed when its run ended; make a new ActivationData"
+                )
             parts = self._block(index)
         rows = self._writer.bucket_rows
         if into is None:
@@ -120,7 +131,7 @@ class LiveSource:
         for part, place in zip(parts, into, strict=True):
             if len(part) == 0:
                 raise DatasetError(
-                    f"block {index}: all of its {rows} tokens are outliers; give a larger max_norm, or null"
+                    f"block {index}: outliers leave too few of its {rows} tokens; give a larger max_norm, or null"
                 )
             for at in range(0, rows, len(part)):
                 place[at : at + len(part)] = part[: rows - at]
@@ -147,7 +158,9 @@ class LiveSource:
                 f"the same options and --bucket_rows {self.config.bucket_rows} makes the rest",
                 file=sys.stderr,
             )
-        self._stack.close()
+        with self._lock:  # a reader may still be at work
+            self._closed = True
+            self._stack.close()
 
     # Inside ------------------------------------------------------------------------------------------------------
 
@@ -161,7 +174,9 @@ class LiveSource:
             parts = read_bucket(self._writer, "train", index)
         else:
             made = self._rows(*self._writer.bucket_range("train", index), index)
+            stored = self._writer.splits["train"].block_rows
             parts = [made[site.id] for site in self._writer.sites]
+            parts = [part[: len(part) // stored * stored] for part in parts]  # what shards would hold
         self._made += 1
         self._retaken += self._writer.bucket_rows - len(parts[0])
         return parts

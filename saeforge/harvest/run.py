@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from saeforge import __version__
-from saeforge.data.layout import SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
+from saeforge.data.layout import MIN_BLOCK_ROWS, SiteSpec, SplitPlan, bucket_permutation, choose_block_rows
 from saeforge.data.manifest import Manifest
 from saeforge.data.moments import Moments
 from saeforge.data.shards import DTYPES, ROW_FIELDS
@@ -129,13 +129,23 @@ def covers(manifest: Manifest, writer: DatasetWriter) -> bool:
     return rows == {name: plan.kept_rows for name, plan in writer.splits.items()}
 
 
-def prepare(folder: DatasetFolder, config: Options, work: Work, rank: Rank) -> None:
-    """Store tokens and decide what depends on them and on the model: all processes find it in the card."""
+def prepare(
+    folder: DatasetFolder, config: Options, work: Work, rank: Rank, *, blocks_per_bucket: int | None = None
+) -> None:
+    """Store tokens and decide what depends on them and on the model: all processes find it in the card.
+
+    Args:
+        folder: of the dataset, held alone.
+        config: its options.
+        work: model and what it is to see.
+        rank: this process among others.
+        blocks_per_bucket: cut training blocks so small that a bucket has that many; None: as large as they may be.
+    """
     tokens = folder.root / "tokens"
     tokens.mkdir(exist_ok=True)
     with Capture(work.loaded.model, work.loaded.sites) as capture:
         prepared = work.prepare(tokens, capture)
-        plan = _plan(config, work.loaded, capture, prepared, rank)
+        plan = _plan(config, work.loaded, capture, prepared, rank, blocks_per_bucket)
         if config.max_norm is not None:
             plan["outliers"] = measure_pilot(
                 capture,
@@ -153,7 +163,14 @@ def prepare(folder: DatasetFolder, config: Options, work: Work, rank: Rank) -> N
     folder.save("harvesting")
 
 
-def _plan(config: Options, loaded: LoadedModel, capture: Capture, prepared: Prepared, rank: Rank) -> dict[str, Any]:
+def _plan(
+    config: Options,
+    loaded: LoadedModel,
+    capture: Capture,
+    prepared: Prepared,
+    rank: Rank,
+    blocks_per_bucket: int | None,
+) -> dict[str, Any]:
     """Decide widths, block rows and bucket rows; recorded once, so that a restart does not decide anew."""
     first = next(iter(prepared.contexts.values())).batch(0, 1)
     widths = {name: x.shape[-1] for name, x in capture(first.batch).items()}
@@ -165,6 +182,9 @@ def _plan(config: Options, loaded: LoadedModel, capture: Capture, prepared: Prep
     kept = {name: prepared.contexts[name].kept_rows if name in prepared.contexts else 0 for name in wanted}
     widest = max(site.row_bytes for site in sites)
     splits = {name: SplitPlan(rows, choose_block_rows(rows, widest, split=name)) for name, rows in kept.items()}
+    if blocks_per_bucket is not None and config.bucket_rows is not None:
+        most = max(MIN_BLOCK_ROWS, config.bucket_rows // blocks_per_bucket)
+        splits = {name: SplitPlan(s.kept_rows, min(s.block_rows, most)) for name, s in splits.items()}
     largest_block = max(split.block_rows for split in splits.values())
     if config.bucket_rows is None:
         needed = 1 << (max(kept.values()) - 1).bit_length()
@@ -189,7 +209,7 @@ def register(folder: DatasetFolder, work: Work) -> None:
         if folder.card[name] != now:
             raise ConfigError(f"the {name} changed since {folder.root} was begun; give --overwrite or another --out")
     folder.register({"saeforge": __version__, **versions()})
-    folder.save("harvesting")
+    folder.save(folder.card["status"])  # a live run may use a finished dataset
 
 
 def open_writer(folder: DatasetFolder) -> DatasetWriter:
