@@ -144,6 +144,43 @@ def test_only_a_consumed_batch_moves_the_position() -> None:
     assert mine.position == 4
 
 
+def test_an_aborted_loader_reads_nothing_more() -> None:
+    """A process that ends joins its reading threads after all that waits in their queue."""
+    gate, reads = threading.Event(), []
+
+    class Slow(TensorSource):
+        def read_block(self, split: str, index: int, into: Rows | None = None) -> Rows:
+            if into is not None and len(reads) >= 16 and not gate.wait(20):
+                pytest.fail("nobody opened the gate")
+            reads.append(index)
+            return super().read_block(split, index, into)
+
+    mine = loader(of=Slow(numbered(), validation_share=0.2))
+    reads.clear()
+    running = iter(mine)
+    next(running)  # 8 windows of two blocks are here, 8 more are begun
+    mine.abort()
+    gate.set()
+    for thread in [t for t in threading.enumerate() if t.name.startswith("saeforge-read")]:
+        thread.join(20)
+    assert len(reads) <= 16 + 2
+    running.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 12, 13, 17, 29])
+def test_nothing_is_read_that_no_batch_takes_from(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live source would run its model for it."""
+    mine = loader(total)
+    plan, blocks, read = mine.plan, Plan.blocks, set()
+    monkeypatch.setattr(Plan, "blocks", lambda self, *key: read.add(key) or blocks(self, *key))
+    assert len(list(mine)) == total
+    taken = set()
+    for index in range(total):
+        pass_index, pieces = plan.pieces(index)
+        taken |= {(pass_index, lane, piece.window) for lane in range(8) for piece in pieces}
+    assert read == taken
+
+
 def test_a_finished_loader_yields_nothing_more() -> None:
     mine = loader(3)
     assert len(list(mine)) == 3
@@ -244,7 +281,7 @@ def test_rows_staged_for_a_device_are_the_same(paired: bool) -> None:
             stream.staged = True
             try:
                 for index in range(self.total):
-                    yield stream.batch(index, False)
+                    yield stream.batch(index, False, self.total)
             finally:
                 stream.close()
 

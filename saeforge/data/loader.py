@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -136,12 +137,14 @@ class _Stream:
         current.wait_stream(self._copies)
         return on_device
 
-    def batch(self, index: int, reuse: bool) -> Rows:
-        """Rows of global batch `index` that belong to these lanes."""
+    def batch(self, index: int, reuse: bool, total: int) -> Rows:
+        """Rows of global batch `index`, of `total`, that belong to these lanes."""
         pass_index, pieces = self.plan.pieces(index)
         here = [(pass_index, lane, piece.window) for lane in self.lanes for piece in pieces]
         ahead = self._next(pass_index, pieces[-1].window)
-        wanted = dict.fromkeys([*here, *((ahead[0], lane, ahead[1]) for lane in self.lanes)])
+        wanted = dict.fromkeys(here)
+        if self.plan.first_batch(*ahead) < total:  # what no batch takes from would cost a live source forward passes
+            wanted |= dict.fromkeys((ahead[0], lane, ahead[1]) for lane in self.lanes)
         for key in self.windows.keys() - wanted.keys():
             self._release(self.windows.pop(key))
         for key in wanted:
@@ -236,6 +239,7 @@ class TrainLoader:
         self.device, self.threads, self.reuse = torch.device(device or "cpu"), threads, reuse
         self.position = 0
         self._stats = ReadStats()
+        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
 
     def __len__(self) -> int:
         """Batches of the whole run, on every rank."""
@@ -244,14 +248,23 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Rows]:
         """From the current position to the end; nothing but a consumed batch moves the position."""
         stream = _Stream(self.source, self.plan, self.lanes, self.device, self.threads)
+        self._streams.add(stream)
         self._stats = stream.stats
         try:
             while self.position < self.total:
-                batch = stream.batch(self.position, self.reuse)
+                batch = stream.batch(self.position, self.reuse, self.total)
                 self.position += 1
                 yield batch
         finally:
             stream.close()
+
+    def abort(self) -> None:
+        """Drops what would still be read ahead, without waiting: for a process that is about to end.
+
+        The interpreter joins reading threads at exit, after all that stands in their queue.
+        """
+        for stream in self._streams:
+            stream.pool.shutdown(wait=False, cancel_futures=True)
 
     def read_stats(self) -> ReadStats:
         """What reading cost since the last call."""

@@ -124,6 +124,11 @@ class Plan:
             start = last
         return pass_index, pieces
 
+    def first_batch(self, pass_index: int, window: int) -> int:
+        """The first batch that takes rows from a window; one of a later pass where it lies in a pass's unused rest."""
+        first = self.window_bounds(window)[0] * self.block_rows // self.lane_rows
+        return pass_index * self.batches_per_pass + first
+
     def _window_of(self, block: int) -> int:
         """The window of a lane's block: the last w with w * total // n <= block."""
         return ((block + 1) * self.windows_per_lane - 1) // self.blocks_per_lane

@@ -45,7 +45,7 @@ class ActivationData(LightningDataModule):
         batch_size: rows of an optimizer step, over all devices together.
         tokens: length of the run in tokens; null leaves it to trainer.max_steps, else one pass (at least 2,000 steps).
         lanes: parallel streams that make up a batch; any multiple of every number of devices you will ever use.
-        window_blocks: blocks of a lane that are shuffled together.
+        window_blocks: blocks of a lane that are shuffled together; with source live always 1.
         validation_rows: held-out rows per validation.
         seed: of the order; null is seed_everything.
     """
@@ -208,6 +208,11 @@ class ActivationData(LightningDataModule):
     def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Rows:
         """Moves held-out rows; training rows are gathered where they are needed."""
         return tuple(part.to(device, non_blocking=True) for part in batch)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lets the process end: after a second Ctrl-C, too, nothing more is read."""
+        if self._loader is not None:
+            self._loader.abort()
 
     def teardown(self, stage: str) -> None:
         """Lets go of what the source holds."""
