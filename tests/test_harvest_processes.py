@@ -363,6 +363,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path, monkeypatch
             Rank(5, 6, 1, 4),
         ),
         ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, Rank(0, 1)),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "0"}, Rank(1, 2, 1, 2)),  # Lightning's launcher
     ],
 )
 def test_ranks_are_read_from_torchrun_and_slurm(environment: dict[str, str], rank: Rank) -> None:

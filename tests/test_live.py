@@ -272,6 +272,33 @@ def test_wrong_options_are_told(given: dict[str, Any], message: str) -> None:
         ActivationData(**{"source": "live", **given})
 
 
+def test_overwriting_a_run_replaces_the_tokens_in_it(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("--data.sites=resid_post.2", "--data.tokens=512", "--trainer.log_every_n_steps=1")
+    run = tmp_path / "run"
+    assert main(arguments(home, run, *short)) == 0
+    assert main(arguments(home, run, *short, "--overwrite=true", n_tokens=15_000)) == 0
+    assert json.loads((run / "data" / "dataset.json").read_text())["config"]["n_tokens"] == 15_000
+    assert "overwrite: true" not in (run / "config.yaml").read_text()
+    capsys.readouterr()
+    # A folder that is not the run's own is replaced only by name, and a resumed run replaces nothing.
+    elsewhere = (*short, f"--data.path={run / 'data'}", f"--run={tmp_path / 'other'}", "--overwrite=true")
+    for given in (elsewhere, (*short, "--ckpt_path=last")):
+        assert main(arguments(home, run, *given)) == 2
+        said = capsys.readouterr().err
+        assert "n_tokens differ" in said
+        assert "give --data.harvest.overwrite true to replace it, or another --data.path" in said
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(arguments(home, tmp_path / "file" / "run", "--data.sites=resid_post.2")) == 2
+    assert "cannot be made" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_a_pattern_without_a_site_is_told(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(home, tmp_path / "run", "--data.sites=resid_past.*")) == 2
     assert "resid_past.*" in capsys.readouterr().err

@@ -93,6 +93,19 @@ def test_a_run_of_several_goes_on_to_the_bit(dataset: Path, tmp_path: Path) -> N
         assert all(torch.equal(tensor, parts.state_dict()[key]) for key, tensor in whole.state_dict().items())
 
 
+def test_a_checkpoint_of_an_earlier_saeforge_is_refused(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(dataset, tmp_path / "run", "--data.input=resid_post.0")
+    assert main(args) == 0
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["saeforge"] = checkpoint["saeforge"]["members"][0]  # as it was when a run trained one SAE
+    torch.save(checkpoint, path)
+    assert main([*args, "--ckpt_path=last"]) == 2
+    assert "is an earlier saeforge's" in capsys.readouterr().err
+
+
 def test_another_number_of_sites_is_refused_at_resume(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +126,27 @@ def test_wrong_sites_are_named(
 ) -> None:
     assert main(arguments(dataset, tmp_path / "run", *given)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_python_fit_returns_all_of_them(dataset: Path, tmp_path: Path) -> None:
+    config = {
+        "run": str(tmp_path / "run"),
+        "data": {"path": str(dataset), "sites": ["resid_post.*"], "batch_size": 256, "tokens": 256 * 4},
+        "model": {"variant": {"class_path": "topk", "init_args": {"d_sae": 64, "k": 4}}},
+        "trainer": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False},
+    }
+    found = saeforge.fit(config)
+    assert {name: sae.d_in for name, sae in found.items()} == {"resid_post.0": 32, "resid_post.1": 16}
+
+
+def test_a_run_without_checkpoints_is_not_overwritten_unasked(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(dataset, tmp_path / "run", "--data.sites=[resid_post.*]", "--trainer.enable_checkpointing=false")
+    assert main(args) == 0
+    assert str(tmp_path / "run" / "resid_post.1" / "sae") in capsys.readouterr().out
+    assert main(args) == 2
+    assert "already holds a run" in capsys.readouterr().err
 
 
 def test_a_run_of_several_says_how_to_name_one(dataset: Path, tmp_path: Path) -> None:

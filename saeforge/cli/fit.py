@@ -17,7 +17,7 @@ from saeforge.cli import variant_names
 from saeforge.cli.parsing import PARSER_MODE, configure_jsonargparse, fail
 from saeforge.errors import ConfigError
 from saeforge.registry import VARIANTS
-from saeforge.sae import SAE, load
+from saeforge.sae import load
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.run_folder import check_free, clear, make_folder
@@ -82,8 +82,9 @@ class FitCLI(LightningCLI):
         config = self.config["fit"]
         run = Path(config["run"])
         check_free(run, resume=config["ckpt_path"] is not None, overwrite=config["overwrite"])
-        if config["data"]["source"] == "live" and config["data"]["path"] is None:
-            config["data"]["path"] = str(run / "data")
+        if config["data"]["source"] == "live":
+            make_folder(run)
+            self._place_live(config, run / "data")
         loggers = config["trainer"]["logger"]
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             options = getattr(logger, "init_args", None)
@@ -92,6 +93,14 @@ class FitCLI(LightningCLI):
             if options is not None and logger["class_path"].endswith("WandbLogger"):
                 make_folder(run)
                 options["name"] = options.get("name") or run.name
+
+    def _place_live(self, config: Any, own: Path) -> None:
+        """Gives a live run its folder; what overwrites the run overwrites what lies there, if it is the run's own."""
+        data = config["data"]
+        if data["path"] is None:
+            data["path"] = str(own)
+        if config["overwrite"] and config["ckpt_path"] is None and Path(data["path"]) == own:
+            data["harvest"] = {**(data["harvest"] or {}), "overwrite": True}
 
 
 class RunConfig(SaveConfigCallback):
@@ -104,6 +113,8 @@ class RunConfig(SaveConfigCallback):
         """Called on rank 0, before the weights are made: makes the text that `on_fit_start` writes."""
         config = self.config.clone()
         config["ckpt_path"], config["overwrite"] = None, False
+        if config["data"]["harvest"]:  # meant for this once, too
+            config["data"]["harvest"].pop("overwrite", None)
         self._text = self.parser.dump(config, skip_unset=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,7 +171,12 @@ def run(argv: Sequence[str]) -> int:
         )
         return 130 if folder.stopped_by == "SIGINT" else 143
     if folder is not None and trainer.is_global_zero:
-        print(f"saeforge: trained {trainer.global_step:,} steps; the SAE is in {folder.run / 'sae'}")
+        assert isinstance(cli.model, SAEModule)
+        names = [member.pair.name for member in cli.model.members]
+        where = f"the SAE is in {folder.run / 'sae'}"
+        if len(names) > 1:
+            where = f"the SAEs are in {', '.join(str(folder.run / name / 'sae') for name in names)}"
+        print(f"saeforge: trained {trainer.global_step:,} steps; {where}")
     return 0
 
 
@@ -187,7 +203,7 @@ def run_cli(args: list[str] | None) -> FitCLI:
         raise ConfigError(f"a package is missing: {str(error).splitlines()[0]}; install it with pip") from error
 
 
-def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> SAE:
+def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> Any:
     """`saeforge fit` from Python.
 
     Args:
@@ -195,7 +211,7 @@ def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> SAE:
         overrides: single keys with dots as double underscores: `data__path="acts"`, `model__variant="topk"`.
 
     Returns:
-        The trained SAE.
+        The trained `SAE`; where `data.sites` trains several, a dict of them by name.
 
     Raises:
         SaeforgeError: as the command would print it.
@@ -213,7 +229,9 @@ def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> SAE:
     assert folder is not None  # the command line always has a RUN folder
     if folder.stopped_by is not None:
         raise KeyboardInterrupt
-    return load(folder.run)
+    assert isinstance(cli.model, SAEModule)
+    names = [member.pair.name for member in cli.model.members]
+    return load(folder.run) if len(names) == 1 else {name: load(folder.run / name) for name in names}
 
 
 def _plain(value: Any) -> Any:

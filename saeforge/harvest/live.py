@@ -151,7 +151,7 @@ class LiveSource:
             with self._folder.alone():
                 self._folder.reread()
                 engine.finish(self._folder, self.config, self._work, self._prepared)
-        elif self.write:
+        elif self.write and Rank.here().number == 0:
             missing, total = len(self._writer.missing_buckets()), len(list(self._writer.buckets()))
             print(
                 f"saeforge: {self._folder.root} holds {total - missing} of {total} buckets; `saeforge harvest` with "

@@ -30,7 +30,9 @@ class Rank:
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> Rank:
-        """Read torchrun's variables, else SLURM's; a process alone is rank 0 of 1.
+        """Read torchrun's variables, else SLURM's, else those of Lightning's launcher; alone it is rank 0 of 1.
+
+        Lightning starts the further ranks of a host itself and names their number on it, and how many there are.
 
         Raises:
             ConfigError: one of them is not a number, or the rank is not below the number of ranks.
@@ -39,6 +41,8 @@ class Rank:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         elif "SLURM_PROCID" in environment:
             names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE")
+        elif "LOCAL_RANK" in environment and "WORLD_SIZE" in environment:
+            names = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE")
         else:
             return cls()
         values = []

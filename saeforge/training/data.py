@@ -13,7 +13,7 @@ from saeforge.data.loader import TrainLoader, ValidationLoader
 from saeforge.data.plain import PlainTarSource
 from saeforge.data.plan import Plan
 from saeforge.data.source import BlockSource, Rows, ShardSource
-from saeforge.errors import ConfigError
+from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.harvest.config import HarvestConfig
 from saeforge.ops import Group
 
@@ -257,4 +257,8 @@ def open_live(
     options = {"model": model, "sites": sites, "out": path, **(harvest or {})}
     if text is not None:
         options["text"] = text
-    return LiveSource(HarvestConfig.build(None, options), write=write, validation_rows=validation_rows)
+    try:
+        return LiveSource(HarvestConfig.build(None, options), write=write, validation_rows=validation_rows)
+    except SaeforgeError as error:  # whose advice is for the command `saeforge harvest`
+        advice = str(error).replace("--overwrite", "--data.harvest.overwrite").replace("--out", "--data.path")
+        raise type(error)(advice) from error

@@ -171,6 +171,10 @@ class SAEModule(LightningModule):
         saved = checkpoint.get("saeforge")
         if not isinstance(saved, dict):
             raise CheckpointError("this checkpoint was not written by saeforge; give one from RUN/checkpoints")
+        if "members" not in saved:
+            raise CheckpointError(
+                "this checkpoint is an earlier saeforge's; resume with that one, or start a new --run"
+            )
         given = self.identity()
         if len(saved["members"]) != len(given["members"]):
             names = ", ".join(member["name"] for member in saved["members"])

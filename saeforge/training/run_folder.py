@@ -49,7 +49,7 @@ def check_free(run: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if resume or overwrite or int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return
-    if (run / "checkpoints" / "last.ckpt").exists() or (run / "sae").exists():
+    if (run / "checkpoints" / "last.ckpt").exists() or (run / "sae").exists() or any(run.glob("*/sae")):
         raise ConfigError(
             f"{run} already holds a run; go on with `--ckpt_path last`, "
             "choose another `--run`, or give `--overwrite true`"
