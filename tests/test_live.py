@@ -254,6 +254,19 @@ def test_a_finished_dataset_stays_finished(home: Path, tmp_path: Path) -> None:
     assert (root / "manifest.json").read_bytes() == before
 
 
+def test_a_lost_held_out_shard_is_made_again_and_the_dataset_stays_whole(home: Path, tmp_path: Path) -> None:
+    root = tmp_path / "stored"
+    harvest(config(home, root, ("resid_post.2",)))
+    before = Manifest.load(root / "manifest.json")
+    next(iter(sorted((root / "layers.2.out").glob("validation-*.tar")))).unlink()
+    live = LiveSource(config(home, root, ("resid_post.2",)))
+    live.close()
+    after = Manifest.load(root / "manifest.json")
+    assert after.sites == before.sites
+    assert after.splits == before.splits
+    assert verify_dataset(root) == []
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -6,8 +6,9 @@ the device that trains. Rows are reused, so that memory stays what it is after t
     host bytes   = 2 * lanes_here * window_rows * row_bytes + 3 * batch_bytes    (the second window is read ahead)
     device bytes = the same first term once more, if the device is not the CPU
 
-where lanes_here = lanes / ranks and window_rows = window_blocks * block_rows. A batch that spans more windows of a lane
-than one holds more of them at once.
+where lanes_here = lanes / ranks, window_rows = window_blocks * block_rows, and row_bytes counts all tensors of a row
+and 8 bytes for its place in the order. A batch that spans more windows of a lane than one holds more of them at once; a
+source that makes its blocks (a live one) holds one more for each reading thread.
 """
 
 from __future__ import annotations

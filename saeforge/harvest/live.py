@@ -65,7 +65,7 @@ class LiveSource:
             config = dataclasses.replace(config, bucket_rows=default_block_rows(config))
         rank = Rank.here()
         device = rank.device(config.device, resolve_device(config.device), torch.cuda.device_count())
-        self.config, self.write = config, write
+        self.config, self.write, self._rank = config, write, rank
         self._folder = DatasetFolder(Path(config.out), {**config.identity(), "device": torch.device(device).type})
         self._stack = contextlib.ExitStack()
         with self._folder.alone():
@@ -151,7 +151,7 @@ class LiveSource:
             with self._folder.alone():
                 self._folder.reread()
                 engine.finish(self._folder, self.config, self._work, self._prepared)
-        elif self.write and Rank.here().number == 0:
+        elif self.write and self._rank.number == 0:
             missing, total = len(self._writer.missing_buckets()), len(list(self._writer.buckets()))
             print(
                 f"saeforge: {self._folder.root} holds {total - missing} of {total} buckets; `saeforge harvest` with "
@@ -220,9 +220,11 @@ class LiveSource:
         if path.is_file() and all(writer.has_bucket(*key) for key in buckets):
             return Manifest.load(path)
         total = sum(stop - start for start, stop in (writer.bucket_range(*key) for key in buckets))
-        with HarvestProgress(max(1, total), lambda: 0, silent=Rank.here().number > 0) as progress:
+        with HarvestProgress(max(1, total), lambda: 0, silent=self._rank.number > 0) as progress:
             for key in buckets:
                 engine.make_bucket(self._folder, self.config, writer, self._prepared, self._capture, progress, *key)
+        if not writer.missing_buckets():  # a whole dataset that had lost a held-out shard, say, stays whole
+            return engine.finish(self._folder, self.config, self._work, self._prepared)
         pilot = {site.id: part for site, part in zip(writer.sites, moments, strict=True)}
         return engine.finish(self._folder, self.config, self._work, self._prepared, buckets=buckets, moments=pilot)
 
