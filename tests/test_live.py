@@ -125,6 +125,8 @@ def test_statistics_are_those_of_a_sample_near_those_of_all(home: Path, tmp_path
     assert sampled.mean_square_norm == pytest.approx(exact.mean_square_norm, rel=0.05)
     assert live.sample(100)[0].shape == (100, 32)
     assert torch.equal(live.sample(100)[0], live.sample(200)[0][:100])
+    first = {tuple(row) for row in live._rows(0, 1000, None)["layers.2:out"].tolist()}
+    assert sum(tuple(row) in first for row in live.sample(1000)[0].tolist()) < 200  # of about 12,800 rows, 78 expected
     live.close()
 
 

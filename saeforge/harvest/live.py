@@ -23,6 +23,7 @@ from torch import Tensor
 from saeforge.data.layout import bucket_permutation
 from saeforge.data.manifest import Manifest, sha256_json
 from saeforge.data.moments import Moments
+from saeforge.data.plan import permutation
 from saeforge.data.shards import DTYPES
 from saeforge.data.source import Pair, Rows, ShardSource
 from saeforge.data.writer import read_bucket
@@ -202,12 +203,14 @@ class LiveSource:
         ).data
 
     def _take_sample(self) -> Rows:
-        """Rows of evenly spread places."""
+        """Rows of evenly spread places, mixed, so that any first part of them is spread as well."""
         total = self._writer.splits["train"].rows
         length = max(1, min(SAMPLE_ROWS, total) // SAMPLE_PLACES // self.config.group_rows) * self.config.group_rows
         starts = np.linspace(0, total - length, SAMPLE_PLACES).astype(int) // self.config.group_rows
         parts = [self._rows(start, start + length, None) for start in (starts * self.config.group_rows).tolist()]
-        return tuple(torch.cat([part[site.id] for part in parts]) for site in self._writer.sites)
+        sample = [torch.cat([part[site.id] for part in parts]) for site in self._writer.sites]
+        order = torch.from_numpy(permutation(len(sample[0]), self.config.seed))
+        return tuple(rows[order] for rows in sample)
 
     def _hold_out(self, rows: int, device: str, moments: list[Moments]) -> Manifest:
         """Makes the held-out buckets, and the manifest of a dataset that has nothing else (yet)."""
