@@ -314,6 +314,15 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(
     assert "cannot be made" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_too_little_text_for_the_block_is_told_and_in_nobodys_way(home: Path, tmp_path: Path) -> None:
+    given = {"source": "live", "model": str(home / "llama"), "text": str(home / "text.jsonl"), "batch_size": 256}
+    given |= {"path": str(tmp_path / "live"), "sites": ["resid_post.2"], "validation_rows": 1024}
+    short = options(home, bucket_rows=None, n_tokens=10_000_000)
+    with pytest.raises(DatasetError, match=r"fill 0 blocks of 16,384, fewer than 8 lanes; set .*bucket_rows to 256,"):
+        ActivationData(**given, harvest=short)  # type: ignore[arg-type]
+    ActivationData(**given, harvest={**short, "bucket_rows": 256}).teardown("fit")  # type: ignore[arg-type]
+
+
 def test_a_pattern_without_a_site_is_told(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(home, tmp_path / "run", "--data.sites=resid_past.*")) == 2
     assert "resid_past.*" in capsys.readouterr().err

@@ -56,12 +56,15 @@ class LiveSource:
         config: the harvest that this stands for; `bucket_rows` is the size of a block.
         write: keep the blocks that are made, as shards.
         validation_rows: held-out rows to make before training begins.
+        lanes: of the plan that will read this: each needs a block.
 
     Raises:
         ConfigError, DatasetError: as `saeforge.harvest`; too little text for one block a lane.
     """
 
-    def __init__(self, config: HarvestConfig, *, write: bool = False, validation_rows: int = 65_536) -> None:
+    def __init__(
+        self, config: HarvestConfig, *, write: bool = False, validation_rows: int = 65_536, lanes: int = 1
+    ) -> None:
         if config.bucket_rows is None:
             config = dataclasses.replace(config, bucket_rows=default_block_rows(config))
         rank = Rank.here()
@@ -80,6 +83,14 @@ class LiveSource:
         self._capture = self._stack.enter_context(Capture(self._work.loaded.model, self._work.loaded.sites))
         self._lock = threading.Lock()  # the model sees one batch at a time
         self._writer = engine.open_writer(self._folder)
+        rows, blocks = self._writer.splits["train"].rows, self.n_blocks("train")
+        if blocks < lanes:  # before anything is made that would stand in the way of another try
+            self._stack.close()
+            fitting = 1 << max(rows // (4 * lanes), 1).bit_length() - 1
+            raise DatasetError(
+                f"{rows:,} training rows fill {blocks} blocks of {self._writer.bucket_rows:,}, fewer than {lanes} "
+                f"lanes; set data.harvest.bucket_rows to {fitting}, or give more text"
+            )
         self._retaken, self._made, self._closed = 0, 0, False
         self._sample = self._take_sample()
         moments = [Moments.of(rows.float().numpy()) for rows in self._sample]

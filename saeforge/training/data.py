@@ -78,7 +78,9 @@ class ActivationData(LightningDataModule):
             if input is not None or target is not None or not sites:
                 raise ConfigError("data.source = live needs data.sites, not data.input or data.target")
             window_blocks = 1  # a block that a model made is large, and shuffled already
-            opened = open_live(path, sites, model, text, harvest, write=write, validation_rows=validation_rows)
+            opened = open_live(
+                path, sites, model, text, harvest, write=write, validation_rows=validation_rows, lanes=lanes
+            )
         elif given := [name for name, value in live.items() if value]:
             raise ConfigError(f"data.{given[0]} is for data.source = live; a dataset on disk has its model and text")
         elif path is None:
@@ -240,6 +242,7 @@ def open_live(
     *,
     write: bool,
     validation_rows: int,
+    lanes: int,
 ) -> BlockSource:
     """The live source behind `data.source = live`.
 
@@ -258,7 +261,8 @@ def open_live(
     if text is not None:
         options["text"] = text
     try:
-        return LiveSource(HarvestConfig.build(None, options), write=write, validation_rows=validation_rows)
+        config = HarvestConfig.build(None, options)
+        return LiveSource(config, write=write, validation_rows=validation_rows, lanes=lanes)
     except SaeforgeError as error:  # whose advice is for the command `saeforge harvest`
         advice = str(error).replace("--overwrite", "--data.harvest.overwrite").replace("--out", "--data.path")
         raise type(error)(advice) from error
