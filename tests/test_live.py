@@ -109,7 +109,12 @@ def test_all_sites_share_one_forward_pass(home: Path, tmp_path: Path, monkeypatc
     live = LiveSource(config(home, tmp_path / "live"))
     calls: list[int] = []
     forward = Capture.__call__
-    monkeypatch.setattr(Capture, "__call__", lambda self, batch: calls.append(1) or forward(self, batch))
+
+    def count(self: Capture, batch: Any) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Capture, "__call__", count)
     assert len(live.read_block("train", 0)) == 4
     contexts = live._prepared.contexts["train"]
     blocks_contexts = int((contexts.kept_before < ROWS).sum())

@@ -146,7 +146,8 @@ def test_only_a_consumed_batch_moves_the_position() -> None:
 
 def test_an_aborted_loader_reads_nothing_more() -> None:
     """A process that ends joins its reading threads after all that waits in their queue."""
-    gate, reads = threading.Event(), []
+    gate = threading.Event()
+    reads: list[int] = []
 
     class Slow(TensorSource):
         def read_block(self, split: str, index: int, into: Rows | None = None) -> Rows:
@@ -171,8 +172,14 @@ def test_an_aborted_loader_reads_nothing_more() -> None:
 def test_nothing_is_read_that_no_batch_takes_from(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A live source would run its model for it."""
     mine = loader(total)
-    plan, blocks, read = mine.plan, Plan.blocks, set()
-    monkeypatch.setattr(Plan, "blocks", lambda self, *key: read.add(key) or blocks(self, *key))
+    plan, blocks = mine.plan, Plan.blocks
+    read: set[tuple[int, int, int]] = set()
+
+    def note(self: Plan, pass_index: int, lane: int, window: int) -> list[int]:
+        read.add((pass_index, lane, window))
+        return blocks(self, pass_index, lane, window)
+
+    monkeypatch.setattr(Plan, "blocks", note)
     assert len(list(mine)) == total
     taken = set()
     for index in range(total):

@@ -13,6 +13,7 @@ source that makes its blocks (a live one) holds one more for each reading thread
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import weakref
@@ -65,12 +66,14 @@ class ReadStats:
 class _Window:
     """One lane's window: blocks on their way into its buffers, and the order of its rows."""
 
-    def __init__(self, stream: _Stream, key: Key, buffers: Rows) -> None:
+    def __init__(self, stream: _Stream, key: Key, memory: tuple[Rows, Any]) -> None:
+        buffers, free_from = memory
         self.buffers, self.device_buffers = buffers, None if stream.staged else buffers
+        self.copied: Any = None  # CUDA event: the rows are on the device
         self._stream, self._order = stream, stream.pool.submit(stream.plan.rows, *key)
         rows = stream.plan.block_rows
         self._jobs = [
-            stream.pool.submit(stream.read, block, at * rows, buffers)
+            stream.pool.submit(stream.read, block, at * rows, buffers, free_from)
             for at, block in enumerate(stream.plan.blocks(*key))
         ]
         self.order: Tensor | None = None
@@ -93,9 +96,9 @@ class _Window:
             count, seconds = job.result()
             stream.stats.bytes += count
             stream.stats.read_seconds += seconds
-        self.order = torch.from_numpy(self._order.result()).to(stream.device)
+        self.order = torch.from_numpy(self._order.result())
         if stream.staged:
-            self.device_buffers = stream.upload(self.buffers)
+            self.device_buffers, self.order, self.copied = stream.upload(self.buffers, self.order)
 
 
 class _Stream:
@@ -105,38 +108,41 @@ class _Stream:
         self.source, self.plan, self.lanes, self.device = source, plan, lanes, device
         self.staged = device.type != "cpu"  # read into pinned memory, copied to the device on a stream of its own
         self.stats = ReadStats()
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="saeforge-read")
+        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # A thread's current device is the first one until it is told; reading must not wake that one up.
+        begin = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="saeforge-read", initializer=begin)
         self.windows: dict[Key, _Window] = {}
-        self._free: list[Rows] = []
+        self._free: list[tuple[Rows, Any]] = []  # with the event after which they may be written to
         self._free_on_device: list[Rows] = []
         self._outputs: list[Rows] = []
-        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.windows.clear()
 
-    def read(self, block: int, start: int, buffers: Rows) -> tuple[int, float]:
+    def read(self, block: int, start: int, buffers: Rows, free_from: Any) -> tuple[int, float]:
         """Job of a reading thread: one block into its place. Returns bytes and seconds."""
+        if free_from is not None:
+            free_from.synchronize()  # the device may still be copying the window that was here
         begin = time.perf_counter()
         places = tuple(buffer[start : start + self.plan.block_rows] for buffer in buffers)
         self.source.read_block("train", block, places)
         return sum(place.nbytes for place in places), time.perf_counter() - begin
 
-    def upload(self, buffers: Rows) -> Rows:
-        """Copies a window to the device without stopping it; later work on the current stream waits for the copy."""
+    def upload(self, buffers: Rows, order: Tensor) -> tuple[Rows, Tensor, Any]:
+        """Copies a window and its order to the device, beside what that does; returns both and the event of the end."""
         on_device = self._free_on_device.pop() if self._free_on_device else self._empty(self.device)
         if self._copies is None:
             for part, place in zip(buffers, on_device, strict=True):
                 place.copy_(part)
-            return on_device
-        current = torch.cuda.current_stream(self.device)
-        self._copies.wait_stream(current)  # gathers from this memory's last window
+            return on_device, order.to(self.device), None
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))  # gathers from this memory's last window
         with torch.cuda.stream(self._copies):
             for part, place in zip(buffers, on_device, strict=True):
                 place.copy_(part, non_blocking=True)
-        current.wait_stream(self._copies)
-        return on_device
+            there = order.pin_memory().to(self.device, non_blocking=True)
+            return on_device, there, self._copies.record_event()
 
     def batch(self, index: int, reuse: bool, total: int) -> Rows:
         """Rows of global batch `index`, of `total`, that belong to these lanes."""
@@ -150,7 +156,7 @@ class _Stream:
             self._release(self.windows.pop(key))
         for key in wanted:
             if key not in self.windows:
-                self.windows[key] = _Window(self, key, self._free.pop() if self._free else self._empty(None))
+                self.windows[key] = _Window(self, key, self._free.pop() if self._free else (self._empty(None), None))
         self.stats.batches += 1
         self.stats.windows_ready += sum(self.windows[key].done() for key in wanted if key not in here)
         for key in here:
@@ -170,6 +176,9 @@ class _Stream:
         for window, piece in parts:
             assert window.order is not None
             assert window.device_buffers is not None
+            if window.copied is not None:
+                torch.cuda.current_stream(self.device).wait_event(window.copied)
+                window.order.record_stream(torch.cuda.current_stream(self.device))
             order = window.order[piece]
             for rows_of_window, output in zip(window.device_buffers, outputs, strict=True):
                 torch.index_select(rows_of_window, 0, order, out=output[at : at + len(order)])
@@ -182,7 +191,7 @@ class _Stream:
     def _release(self, window: _Window) -> None:
         if window.order is None:  # it was read ahead and never used: a reader may still be writing to it
             return
-        self._free.append(window.buffers)
+        self._free.append((window.buffers, window.copied))
         if self.staged and window.device_buffers is not None:
             self._free_on_device.append(window.device_buffers)
 
