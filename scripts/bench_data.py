@@ -63,7 +63,9 @@ def loader(root: Path, threads: int) -> Callable[[], int]:
     plan = Plan(source.n_blocks("train"), source.block_rows("train"), BATCH)
 
     def once() -> int:
-        return sum(b.x.nbytes for b in TrainLoader(source, plan, plan.batches_per_pass, threads=threads, reuse=True))
+        return sum(
+            rows[0].nbytes for rows in TrainLoader(source, plan, plan.batches_per_pass, threads=threads, reuse=True)
+        )
 
     return once
 
