@@ -57,15 +57,19 @@ def read_blocks(root: Path) -> Callable[[], int]:
     return once
 
 
-def loader(root: Path, threads: int) -> Callable[[], int]:
-    """Shuffled training batches of one pass, as `fit` draws them."""
+def loader(root: Path, threads: int) -> Callable[[], tuple[int, float]]:
+    """Shuffled training batches as `fit` draws them: two passes, after one that fills the loader's memory."""
     source = ShardSource(str(root))
     plan = Plan(source.n_blocks("train"), source.block_rows("train"), BATCH)
 
-    def once() -> int:
-        return sum(
-            rows[0].nbytes for rows in TrainLoader(source, plan, plan.batches_per_pass, threads=threads, reuse=True)
-        )
+    def once() -> tuple[int, float]:
+        done, start = 0, time.perf_counter()
+        batches = TrainLoader(source, plan, 3 * plan.batches_per_pass, threads=threads, reuse=True)
+        for index, rows in enumerate(batches):
+            if index == plan.batches_per_pass:
+                done, start = 0, time.perf_counter()
+            done += rows[0].nbytes
+        return done, time.perf_counter() - start
 
     return once
 
@@ -100,7 +104,7 @@ def memory(root: Path, batches: int) -> dict[str, float]:
     """Resident memory in MiB over many batches, beside the loader's formula."""
     source = ShardSource(str(root))
     plan = Plan(source.n_blocks("train"), source.block_rows("train"), BATCH)
-    row_bytes = source.d_in * 2
+    row_bytes = source.widths[0] * 2
     stated = 2 * plan.lanes * plan.window_blocks * plan.block_rows * row_bytes + 3 * BATCH * row_bytes
     gc.collect()
     before, seen = resident(), []
@@ -136,7 +140,7 @@ def main() -> int:
         rows = int(given.gib * 2**30 / (2 * given.d))
         write_dataset(root, {"train": torch.randn(rows, given.d, dtype=torch.bfloat16)})
         n_blocks = ActivationDataset.open(root).n_blocks("train")
-        ways: dict[str, Callable[[], int]] = {
+        ways: dict[str, Callable[[], int | tuple[int, float]]] = {
             "saeforge, blocks, one thread": read_blocks(root),
             "saeforge, shuffled batches, one reading thread": loader(root, 1),
             "saeforge, shuffled batches, two reading threads": loader(root, 2),
@@ -148,7 +152,9 @@ def main() -> int:
         for number in range(given.rounds + 1):
             for name, way in ways.items():
                 start = time.perf_counter()
-                rate = way() / (time.perf_counter() - start) / 1e9
+                found = way()
+                done, seconds = found if isinstance(found, tuple) else (found, time.perf_counter() - start)
+                rate = done / seconds / 1e9
                 if number:  # the first round fills the page cache and the allocator
                     rates[name].append(rate)
             print(f"round {number} of {given.rounds}", file=sys.stderr)
@@ -173,6 +179,7 @@ def report(result: dict[str, Any], command: str) -> str:
     def met(value: float, bound: float) -> str:
         return "met" if value >= bound else f"missed (goal {bound:g})"
 
+    host = result["machine"]
     lines = [
         f"# Reading activations, {datetime.date.today():%Y-%m-%d}",
         "",
@@ -180,7 +187,8 @@ def report(result: dict[str, Any], command: str) -> str:
         "",
         f"Random bf16 rows, d {result['d']}, {result['gib']:g} GiB in tar shards, all in the page cache; one torch",
         f"thread; {len(next(iter(rates.values())))} rounds, each way once in each; batches of {BATCH:,} rows.",
-        f"{result['machine']}.",
+        f"Machine: {', '.join(host['cpu'])}, {host['cores']} cores, Python {host['python']}, "
+        f"{', '.join(f'{name} {version}' for name, version in host['versions'].items())}.",
         "",
         "| way | GB/s, median | range |",
         "|---|---|---|",
