@@ -283,6 +283,7 @@ def test_a_lost_held_out_shard_is_made_again_and_the_dataset_stays_whole(home: P
         ({"model": "llama", "path": "x", "sites": ["a"], "input": "a"}, "leave out data.input"),
         ({"model": "llama", "path": "x", "sites": ["a"], "harvest": {"text": "b"}}, "data.harvest.text is given twice"),
         ({"model": "llama", "path": "x", "sites": ["a"], "harvest": {"n_token": 1}}, "did you mean n_tokens"),
+        ({"model": "llama", "path": "x", "sites": ["a"], "window_blocks": 4}, "data.window_blocks = 4: a live block"),
         ({"source": "shards", "path": "x", "model": "llama"}, "data.model is for data.source = live"),
         ({"source": "shards"}, "data.path is missing"),
     ],

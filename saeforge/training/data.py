@@ -45,7 +45,7 @@ class ActivationData(LightningDataModule):
         batch_size: rows of an optimizer step, over all devices together.
         tokens: length of the run in tokens; null leaves it to trainer.max_steps, else one pass (at least 2,000 steps).
         lanes: parallel streams that make up a batch; any multiple of every number of devices you will ever use.
-        window_blocks: blocks of a lane that are shuffled together; with source live always 1.
+        window_blocks: blocks of a lane that are shuffled together; null is 4, with source live 1.
         validation_rows: held-out rows per validation.
         seed: of the order; null is seed_everything.
     """
@@ -64,7 +64,7 @@ class ActivationData(LightningDataModule):
         batch_size: int = 4096,
         tokens: int | None = None,
         lanes: int = 8,
-        window_blocks: int = 4,
+        window_blocks: int | None = None,
         validation_rows: int = 65_536,
         seed: int | None = None,
     ) -> None:
@@ -77,7 +77,12 @@ class ActivationData(LightningDataModule):
         if source == "live":
             if input is not None or target is not None or not sites:
                 raise ConfigError("data.source = live needs data.sites, not data.input or data.target")
-            window_blocks = 1  # a block that a model made is large, and shuffled already
+            if window_blocks not in (None, 1):
+                raise ConfigError(
+                    f"data.window_blocks = {window_blocks}: a live block is large, and shuffled already; leave it out, "
+                    "or set data.harvest.bucket_rows"
+                )
+            window_blocks = 1
             opened = open_live(
                 path, sites, model, text, harvest, write=write, validation_rows=validation_rows, lanes=lanes
             )
@@ -98,7 +103,7 @@ class ActivationData(LightningDataModule):
             batch_size,
             tokens,
             lanes,
-            window_blocks,
+            4 if window_blocks is None else window_blocks,
             validation_rows,
             seed,
         )
