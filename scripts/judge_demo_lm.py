@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from saeforge.errors import ConfigError, SaeforgeError
 
 LEAST_GAIN, LEAST_ACCURACY, LEAST_NAMED = 0.10, 0.98, 0.80
-PER_LABEL = 100  # continuations: of 20, a share of 85% comes out below 80% every fourth time
+PER_LABEL = 100  # continuations: of 20, a share of 85% comes out below 80% every sixth time
 
 
 @dataclass

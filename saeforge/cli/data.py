@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse
+from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse, dispatch
 from saeforge.errors import ConfigError
 
 INTERRUPTED = 130
@@ -37,15 +36,7 @@ def run(argv: Sequence[str]) -> int:
         Exit code.
     """
     commands: dict[str, Callable[[list[str]], int]] = {"inspect": _inspect, "verify": _verify, "import": _import}
-    arguments = list(argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if arguments else 2
-    if arguments[0] not in commands:
-        close = difflib.get_close_matches(arguments[0], commands, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(commands)}"
-        raise ConfigError(f"unknown command `data {arguments[0]}`; {hint}")
-    return commands[arguments[0]](arguments[1:])
+    return dispatch("data", commands, HELP, argv)
 
 
 def _make_parser(command: str, description: str) -> OneLineParser:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse, plain_text
+from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse, dispatch, plain_text
 from saeforge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,15 +47,7 @@ def run(argv: Sequence[str]) -> int:
         "list": _list,
         "concepts": _concepts,
     }
-    arguments = list(argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if arguments else 2
-    if arguments[0] not in commands:
-        close = difflib.get_close_matches(arguments[0], commands, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(commands)}"
-        raise ConfigError(f"unknown command `features {arguments[0]}`; {hint}")
-    return commands[arguments[0]](arguments[1:])
+    return dispatch("features", commands, HELP, argv)
 
 
 def make_parser(command: str, description: str) -> OneLineParser:

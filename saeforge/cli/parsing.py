@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -17,6 +18,32 @@ PARSER_MODE = "omegaconf+"
 def configure_jsonargparse() -> None:
     """Process-wide settings that all parsers share."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True, omegaconf_absolute_to_relative_paths=True)
+
+
+def dispatch(group: str, commands: Mapping[str, Callable[[list[str]], int]], usage: str, argv: Sequence[str]) -> int:
+    """Runs the command of a group (`saeforge data verify ...`) that the first argument names.
+
+    Args:
+        group: the group's name.
+        commands: its commands.
+        usage: what `--help` prints, and an empty command line.
+        argv: arguments after the group's name.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: no such command.
+    """
+    arguments = list(argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if arguments else 2
+    if arguments[0] not in commands:
+        close = difflib.get_close_matches(arguments[0], commands, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(commands)}"
+        raise ConfigError(f"unknown command `{group} {arguments[0]}`; {hint}")
+    return commands[arguments[0]](arguments[1:])
 
 
 def plain_text(text: str) -> str:
