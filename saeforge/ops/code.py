@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from saeforge.ops import native
+
 
 @dataclass(frozen=True, eq=False)
 class SparseCode:
@@ -70,18 +72,24 @@ class SparseCode:
         """
         if "by_latent" not in self._cache:
             indices = self.indices[: self.nnz]
-            order = torch.argsort(indices, stable=True)
-            counts = torch.bincount(indices, minlength=self.d_sae)
-            offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=indices.device)
-            torch.cumsum(counts, 0, out=offsets[1:])
-            self._cache["by_latent"] = (order, self.rows()[order], offsets)
+            if indices.device.type == "cpu" and native.wanted():
+                self._cache["by_latent"] = native.by_latent(indices, self.offsets, self.d_sae)
+            else:
+                order = torch.argsort(indices, stable=True)
+                offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=indices.device)
+                torch.cumsum(self._sum_by_latent(torch.ones_like(indices)), 0, out=offsets[1:])
+                self._cache["by_latent"] = (order, self.rows()[order], offsets)
         order, rows, offsets = self._cache["by_latent"]
         return order, rows, offsets
 
     def active_counts(self) -> Tensor:
         """(d_sae,) int64: in how many rows each latent is active (value != 0)."""
-        active = self.values[: self.nnz] != 0
-        return torch.bincount(self.indices[: self.nnz][active], minlength=self.d_sae)
+        return self._sum_by_latent((self.values[: self.nnz] != 0).to(torch.int64))
+
+    def _sum_by_latent(self, entries: Tensor) -> Tensor:
+        # Not bincount: on a GPU it reads the largest index back to the host.
+        sums = torch.zeros(self.d_sae, dtype=entries.dtype, device=entries.device)
+        return sums.index_add_(0, self.indices[: self.nnz], entries)
 
     def l0(self) -> Tensor:
         """(B,) int64: number of active latents of each row."""

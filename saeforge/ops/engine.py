@@ -1,8 +1,9 @@
 """The sparse step: a dense encoder product, then only gathers over active latents, forward and backward.
 
-Every variant is written with two differentiable functions: `encode` (product, selection, pre-activations of the
-active latents) and `decode`. What lies between them (ReLU, a gate, a penalty) is ordinary autograd on vectors of nnz
-entries. Gradients are exact: outside the support every variant's gradient is zero [speed 2.6].
+Every variant is written with three differentiable functions: `encode` (product, selection, pre-activations of the
+active latents), `decode`, and `pick` (a parameter per latent, where it is active). What lies between them (ReLU, a gate,
+a penalty) is ordinary autograd on vectors of nnz entries. Gradients are exact: outside the support every variant's
+gradient is zero [speed 2.6].
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saeforge.ops import screen, shadow
 from saeforge.ops.code import SparseCode
-from saeforge.ops.primitives import choose
+from saeforge.ops.dispatch import choose
 from saeforge.ops.select import Selection
 
-#: Elements of a chunk of pre-activations: 32 MB in fp32 stays in a last-level cache and bounds memory.
-_CHUNK_ELEMENTS = 1 << 23
+#: Bytes of a chunk of pre-activations: stays in a last-level cache, and bounds memory. At least so many rows, below
+#: which a product gets slower, unless they take more than so many bytes.
+_CHUNK_BYTES, _CHUNK_ROWS, _CHUNK_MOST_BYTES = 1 << 23, 256, 1 << 28
+#: A GPU is kept busy by larger ones.
+_CUDA_CHUNK_BYTES = 1 << 30
 
 
 def encode(
@@ -49,23 +54,26 @@ def encode(
     return SparseCode(values, indices, offsets, weight.shape[0], select.k, cache)
 
 
-def decode(code: SparseCode, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def decode(
+    code: SparseCode, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Sum of the active latents' decoder rows: (B, d_out), differentiable in values, weight and bias.
 
     Args:
         code: values (nnz,) in the type of `weight`.
         weight: (d_sae, d_out), one latent per row.
         bias: (d_out,) or None.
+        dtype: torch.bfloat16 reads the rows rounded to bf16 and accumulates in fp32. None: the type of `weight`.
     """
     code = code.trimmed()
-    out: Tensor = _Decode.apply(code.values, weight, code)
+    out: Tensor = _Decode.apply(code.values, weight, code, dtype)
     return out if bias is None else out + bias
 
 
-def dense_pre(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    """(B, d_sae) pre-activations in the compute type, without gradient."""
-    dtype = dtype or x.dtype
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+def pick(vector: Tensor, code: SparseCode) -> Tensor:
+    """`vector[latent]` for each entry of a code: (nnz,), differentiable in `vector` (d_sae,)."""
+    out: Tensor = _Pick.apply(vector, code.indices[: code.nnz])
+    return out
 
 
 @torch.no_grad()
@@ -73,17 +81,40 @@ def select_code(
     x: Tensor, weight: Tensor, bias: Tensor | None, select: Selection, dtype: torch.dtype | None
 ) -> SparseCode:
     """The forward of `encode` without a graph: product and selection in chunks of rows."""
-    step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
     dtype = dtype or x.dtype
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    parts = [select.rows(F.linear(chunk.to(dtype), weight, bias)) for chunk in x.split(step)]
-    if not parts:
-        parts = [select.rows(x.new_empty(0, weight.shape[0]))]
+    if dtype == x.dtype and screen.applies(x, weight):
+        parts = [select.screened(chunk, weight, bias) for chunk in x.split(_chunk_rows(x, weight, torch.bfloat16))]
+    else:
+        parts = [None]
+    if not parts or any(part is None for part in parts):
+        low, low_bias = _lowered(weight, dtype), None if bias is None else bias.to(dtype)
+        chunks = x.split(_chunk_rows(x, weight, dtype))
+        parts = [select.rows(F.linear(chunk.to(dtype), low, low_bias)) for chunk in chunks]
+    found = [part for part in parts if part is not None]
     offsets = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum(torch.cat([p[2] for p in parts]), 0, out=offsets[1:])
-    values = torch.cat([p[0] for p in parts]).to(x.dtype)
-    code = SparseCode(values, torch.cat([p[1] for p in parts]), offsets, weight.shape[0], select.k)
+    torch.cumsum(torch.cat([part[2] for part in found]), 0, out=offsets[1:])
+    values = torch.cat([part[0] for part in found]).to(x.dtype)
+    code = SparseCode(values, torch.cat([part[1] for part in found]), offsets, weight.shape[0], select.k)
     return select.finish(code)
+
+
+def _chunk_rows(x: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
+    bytes_a_row = weight.shape[0] * dtype.itemsize
+    if x.device.type != "cpu":
+        return max(1, _CUDA_CHUNK_BYTES // bytes_a_row)
+    return max(1, _CHUNK_BYTES // bytes_a_row, min(_CHUNK_ROWS, _CHUNK_MOST_BYTES // bytes_a_row))
+
+
+def _lowered(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in the compute type; its bfloat16 copy is kept until the weight changes."""
+    if dtype == torch.bfloat16 and weight.dtype == torch.float32:
+        return shadow.of(weight).rounded
+    return weight.to(dtype)
+
+
+def _on_gpu(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Rows as a gather reads them: in the compute type on a GPU, where gathers are bound by memory [speed 2.2]."""
+    return rows.to(dtype) if dtype is not None and rows.device.type == "cuda" else rows
 
 
 class _Encode(torch.autograd.Function):
@@ -105,6 +136,7 @@ class _Encode(torch.autograd.Function):
         # alive until Python's collector happens to run. The cache is the caller's, so that one sort serves all.
         cache.update(code._cache)
         ctx.code = SparseCode(code.values.detach(), code.indices, code.offsets, code.d_sae, code.k, cache)
+        ctx.dtype = dtype
         ctx.mark_non_differentiable(code.indices, code.offsets)
         return code.values, code.indices, code.offsets
 
@@ -114,35 +146,57 @@ class _Encode(torch.autograd.Function):
         shifted, weight = ctx.saved_tensors
         code: SparseCode = ctx.code
         need_x, need_weight, need_bias, need_shift = ctx.needs_input_grad[:4]
-        ops = choose(code)
         grad_x = grad_weight = grad_bias = grad_shift = None
         if need_weight:
-            grad_weight = ops.scatter_outer(code, grad, shifted)
+            rows = _on_gpu(shifted, ctx.dtype)
+            grad_weight = choose(code, grad, rows).scatter_outer(code, grad, rows)
         if need_bias or need_shift:
-            grad_bias = torch.zeros(code.d_sae, dtype=grad.dtype, device=grad.device)
-            grad_bias.index_add_(0, code.indices, grad)
+            grad_bias = _sum_by_latent(grad, code.indices, code.d_sae)
         if need_shift and grad_bias is not None:
             # d/d shift = -sum_b dx_b = -(sum_b dvalue_b) @ weight: one mat-vec instead of a gather pass [speed 1.3].
             grad_shift = -(grad_bias @ weight)
         if need_x:
-            grad_x = ops.gather_sum(code, grad, weight)
+            grad_x = choose(code, grad, weight).gather_sum(code, grad, weight)
         return grad_x, grad_weight, grad_bias if need_bias else None, grad_shift, None, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, code: SparseCode) -> Tensor:
-        ctx.save_for_backward(values, weight)
-        ctx.code = code
-        out: Tensor = choose(code).gather_sum(code, values, weight)
+    def forward(ctx: Any, values: Tensor, weight: Tensor, code: SparseCode, dtype: torch.dtype | None) -> Tensor:
+        table = _lowered(weight, dtype or weight.dtype)
+        ops = choose(code, values, table)
+        table = table if ops.mixed else weight
+        ctx.save_for_backward(values, table, weight)  # the weight for autograd's check that it has not changed
+        ctx.code, ctx.dtype = code, dtype
+        out: Tensor = ops.gather_sum(code, values, table)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].contiguous()
-        values, weight = ctx.saved_tensors
+        values, table, _ = ctx.saved_tensors
         code: SparseCode = ctx.code
-        ops = choose(code)
-        grad_values = ops.row_dots(code, grad, weight) if ctx.needs_input_grad[0] else None
-        grad_weight = ops.scatter_outer(code, values, grad) if ctx.needs_input_grad[1] else None
-        return grad_values, grad_weight, None
+        grad_values = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_values = choose(code, grad, table).row_dots(code, grad, table)
+        if ctx.needs_input_grad[1]:
+            rows = _on_gpu(grad, ctx.dtype)
+            grad_weight = choose(code, values, rows).scatter_outer(code, values, rows)
+        return grad_values, grad_weight, None, None
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.n = len(vector)
+        return vector[indices]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        return _sum_by_latent(grads[0].contiguous(), indices, ctx.n), None
+
+
+def _sum_by_latent(entries: Tensor, indices: Tensor, n: int) -> Tensor:
+    return torch.zeros(n, dtype=entries.dtype, device=entries.device).index_add_(0, indices, entries)

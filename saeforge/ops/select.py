@@ -1,7 +1,8 @@
 """Which latents are active: selections over pre-activations.
 
 Ties at the k-th value go to the lowest latent index, in every implementation: with bf16 pre-activations half of all
-rows tie at the boundary, and an order left to the library would differ between devices and layouts.
+rows tie at the boundary, and an order left to the library would differ between devices and layouts. A NaN is larger
+than every number: it is selected, and shows in the loss.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
+from saeforge.ops import native, screen, stock
 from saeforge.ops.code import SparseCode
+
+#: values (nnz,), indices (nnz,) ascending inside a row, counts (b,) of entries per row.
+Selected = tuple[Tensor, Tensor, Tensor]
 
 
 class Selection(ABC):
@@ -22,7 +27,7 @@ class Selection(ABC):
     k: int | None = None
 
     @abstractmethod
-    def rows(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, pre: Tensor) -> Selected:
         """Selects inside a chunk.
 
         Args:
@@ -31,6 +36,17 @@ class Selection(ABC):
         Returns:
             values (nnz,), indices (nnz,) ascending inside a row, counts (b,) of entries per row.
         """
+
+    def screened(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Selected | None:
+        """The same of `x @ weight.T + bias` without computing all of it in fp32 (see `screen`), where that is offered.
+
+        Args:
+            x: (b, d_in) fp32. weight: (d_sae, d_in) fp32. bias: (d_sae,) or None.
+
+        Returns:
+            As `rows`; None (the default) asks for the whole product.
+        """
+        return None
 
     def finish(self, code: SparseCode) -> SparseCode:
         """A last choice over the whole batch (batch top-k); the default keeps every candidate."""
@@ -45,10 +61,17 @@ class TopK(Selection):
             raise ConfigError(f"k = {k}: top-k needs k of at least 1; set k to the number of active latents per token")
         self.k: int = k
 
-    def rows(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, pre: Tensor) -> Selected:
         """See `Selection.rows`; every row has exactly k entries."""
-        values, indices = top_k(pre, self.k)
-        counts = torch.full((pre.shape[0],), self.k, dtype=torch.int64, device=pre.device)
+        return self._flat(*top_k(pre, self.k))
+
+    def screened(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Selected | None:
+        """See `Selection.screened`."""
+        _check_k(self.k, len(weight))
+        return self._flat(*screen.top_k(x, weight, bias, self.k))
+
+    def _flat(self, values: Tensor, indices: Tensor) -> Selected:
+        counts = torch.full((len(values),), self.k, dtype=torch.int64, device=values.device)
         return values.flatten(), indices.flatten(), counts
 
 
@@ -58,12 +81,21 @@ class Above(Selection):
     def __init__(self, threshold: float | Tensor = 0.0) -> None:
         self.threshold = threshold
 
-    def rows(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, pre: Tensor) -> Selected:
         """See `Selection.rows`; rows are ragged."""
-        threshold = self.threshold.to(pre.dtype) if isinstance(self.threshold, Tensor) else self.threshold
-        mask = pre > threshold
-        rows, indices = mask.nonzero(as_tuple=True)
-        return pre[rows, indices], indices, mask.sum(1)
+        threshold = self._threshold(pre)
+        if native.takes(pre, threshold):
+            return native.above(pre, threshold)
+        return stock.above(pre, threshold)
+
+    def screened(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Selected | None:
+        """See `Selection.screened`."""
+        return screen.above(x, weight, bias, self._threshold(x))
+
+    def _threshold(self, like: Tensor) -> Tensor:
+        """(1,) or (d_sae,), fp32 or wider."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return torch.as_tensor(self.threshold, dtype=wide, device=like.device).detach().reshape(-1)
 
 
 def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -74,38 +106,20 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: at most n.
 
     Returns:
-        values (B, k), indices (B, k) int64 ascending.
+        values (B, k), fp32 or of the type of `pre`; indices (B, k) int64 ascending.
 
     Raises:
         ConfigError: if k > n.
     """
     n_rows, n = pre.shape
+    _check_k(k, n)
+    if k == n:
+        return pre, torch.arange(n, device=pre.device).expand(n_rows, n)
+    if native.takes(pre):
+        return native.top_k(pre, k)
+    return stock.top_k(pre, k)
+
+
+def _check_k(k: int, n: int) -> None:
     if k > n:
         raise ConfigError(f"k = {k} is larger than the {n} latents to choose from; lower k or raise d_sae")
-    if k == n:
-        indices = torch.arange(n, device=pre.device).expand(n_rows, n)
-        return pre, indices
-    # One value more than needed: a row is ambiguous only if its k-th and (k+1)-th value are equal.
-    values, indices = torch.topk(pre, k + 1, dim=1, sorted=True)
-    boundary = values[:, k - 1]
-    tied = (boundary == values[:, k]).nonzero(as_tuple=True)[0]
-    values, indices = values[:, :k], indices[:, :k]
-    if tied.numel():
-        indices = indices.clone()
-        indices[tied] = _lowest_ties(pre[tied], indices[tied], values[tied], boundary[tied])
-    indices = indices.sort(dim=1).values
-    return pre.gather(1, indices), indices
-
-
-def _lowest_ties(pre: Tensor, indices: Tensor, values: Tensor, boundary: Tensor) -> Tensor:
-    """Replaces the entries at the boundary value by the lowest indices that have it."""
-    n_rows, k = indices.shape
-    clear = values > boundary[:, None]  # sorted: a prefix of each row
-    need = k - clear.sum(1)
-    rows, columns = (pre == boundary[:, None]).nonzero(as_tuple=True)
-    per_row = torch.bincount(rows, minlength=n_rows)
-    rank = torch.arange(rows.numel(), device=pre.device) - (per_row.cumsum(0) - per_row)[rows]
-    keep = rank < need[rows]
-    fixed = indices.clone()
-    fixed[~clear] = columns[keep]  # both are ordered by row, and each row has exactly `need` of either
-    return fixed

@@ -1,0 +1,53 @@
+"""Which implementation computes: by device, by type, and by how many latents are active.
+
+All give the same numbers up to rounding, and the same choice of latents for the same pre-activations. `SAEFORGE_OPS`
+overrides the choice (see `wish`).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from saeforge.ops import dense, native, native_products, stock
+from saeforge.ops.code import SparseCode
+from saeforge.ops.wish import wish
+
+#: Share of active latents above which dense products win: a dense multiply-add costs that much less than a gathered
+#: one. CPU: measured, scripts/bench_step.py --break-even; CUDA: [speed 0.4], not measured yet.
+BREAK_EVEN = {
+    ("cpu", torch.float32): 1 / 9,
+    ("cpu", torch.bfloat16): 1 / 40,
+    ("cuda", torch.float32): 1 / 20,
+    ("cuda", torch.bfloat16): 1 / 184,
+}
+
+
+def choose(code: SparseCode, *tensors: Tensor) -> ModuleType:
+    """The products for this code and these values, rows and tables: `dense`, `native_products`, `stock` or Triton's."""
+    asked = wish()
+    if asked == "reference":
+        return dense
+    kernels = _kernels(asked, *tensors)
+    if asked != "auto":
+        return kernels
+    table = min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    device = code.indices.device.type
+    share = BREAK_EVEN.get((device, table), 1 / 20)
+    return dense if code.nnz > share * code.n_rows * code.d_sae else kernels
+
+
+def _kernels(asked: str, *tensors: Tensor) -> ModuleType:
+    if native.takes(*tensors):
+        return native_products
+    if asked in ("auto", "triton") and _triton_takes(asked, *tensors):
+        from saeforge.ops import triton_kernels
+
+        return triton_kernels
+    return stock
+
+
+def _triton_takes(asked: str, *tensors: Tensor) -> bool:
+    return False

@@ -1,0 +1,142 @@
+// Selection in float from a product in bfloat16: the cheap product says which latents may be chosen, and only those
+// are computed in full precision.
+//
+// Every pre-activation p of a row is wrong by at most margin + RELATIVE * |p| (ops/screen.py says why). Both ends of
+// that interval rise with p, so bounds carry over from one entry to all.
+#include <cmath>
+
+#include "order.h"
+
+namespace {
+
+// Rounding a product to bfloat16 moves it by at most 2^-8 of itself; a little more, for the arithmetic here.
+constexpr float RELATIVE = 1.02f / 256;
+
+inline float lower(float p) { return p - RELATIVE * std::fabs(p); }
+
+// The least p whose upper end p + RELATIVE * |p| reaches `bound`.
+inline float reaching(float bound) { return bound / (bound > 0 ? 1 + RELATIVE : 1 - RELATIVE); }
+
+inline bf16 round_down(float value) {
+    bf16 down{to_bf16(value)};
+    if (float(down) <= value) return down;
+    // One step towards minus infinity.
+    if (down.bits == 0) return bf16{0x8001};
+    return bf16{uint16_t(down.bits & 0x8000 ? down.bits + 1 : down.bits - 1)};
+}
+
+inline float dot(const float *__restrict a, const float *__restrict b, int64_t d) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < d; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The k largest of <x[b], weight[i]> + bias[i] in each row; pre are bfloat16 approximations within margin[b].
+void saeforge_screened_top_k(const bf16 *pre, int64_t n_rows, int64_t n, int64_t k, const float *margin, const float *x,
+                             const float *weight, const float *bias, int64_t d, float *values, int64_t *indices,
+                             int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Blocks<bf16> blocks(n, k);
+        std::vector<int16_t> keys, scratch;
+        std::vector<int32_t> exact_keys, exact_scratch;
+        std::vector<int64_t> places;
+        std::vector<float> exact;
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t b = 0; b < n_rows; ++b) {
+            const bf16 *row = pre + b * n;
+            blocks.read(row);
+            keys.clear();
+            places.clear();
+            blocks.above(row, blocks.floor(k), [&](int64_t place, int16_t found) {
+                keys.push_back(found);
+                places.push_back(place);
+            });
+            scratch.assign(keys.begin(), keys.end());
+            std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end(), std::greater<int16_t>());
+            const size_t at = std::find(keys.begin(), keys.end(), scratch[k - 1]) - keys.begin();
+            const float bound = reaching(lower(float(row[places[at]])) - 2 * margin[b]);
+            // k entries are certain to reach lower(k-th) - margin; who cannot reach that is out.
+            places.clear();
+            exact.clear();
+            exact_keys.clear();
+            blocks.above(row, key(round_down(bound)), [&](int64_t place, int16_t) { places.push_back(place); });
+            for (size_t j = 0; j < places.size(); ++j) {
+                if (j + 2 < places.size())
+                    for (int line = 0; line < 4; ++line)
+                        __builtin_prefetch(weight + places[j + 2] * d + 16 * line);
+                exact.push_back(dot(x + b * d, weight + places[j] * d, d) + (bias ? bias[places[j]] : 0.0f));
+                exact_keys.push_back(key(exact.back()));
+            }
+            int64_t to = b * k;
+            choose_k(exact_keys, k, exact_scratch, [&](size_t j) {
+                values[to] = exact[j];
+                indices[to++] = places[j];
+            });
+        }
+    }
+}
+
+// How many entries of each row may lie above threshold[stride * i].
+void saeforge_screened_count(const bf16 *pre, int64_t n_rows, int64_t n, const float *margin, const float *threshold,
+                             int64_t stride, int64_t *counts, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+    for (int64_t b = 0; b < n_rows; ++b) {
+        const bf16 *row = pre + b * n;
+        const float slack = margin[b];
+        int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+        for (int64_t i = 0; i < n; ++i) {
+            const float p = float(row[i]);
+            count += !(p + RELATIVE * std::fabs(p) + slack <= threshold[stride * i]);
+        }
+        counts[b] = count;
+    }
+}
+
+// The entries of <x[b], weight[i]> + bias[i] above the threshold, at offsets[b]; counts: how many there are, at most
+// as many as saeforge_screened_count said.
+void saeforge_screened_above(const bf16 *pre, int64_t n_rows, int64_t n, const float *margin, const float *threshold,
+                             int64_t stride, const float *x, const float *weight, const float *bias, int64_t d,
+                             const int64_t *offsets, float *values, int64_t *indices, int64_t *counts, int threads) {
+    constexpr int64_t block = 32;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+    for (int64_t b = 0; b < n_rows; ++b) {
+        const bf16 *row = pre + b * n;
+        const float slack = margin[b];
+        int64_t to = offsets[b];
+        for (int64_t start = 0; start < n; start += block) {
+            const int64_t stop = std::min(n, start + block);
+            int32_t any = 0;
+#pragma omp simd reduction(| : any)
+            for (int64_t i = start; i < stop; ++i) {
+                const float p = float(row[i]);
+                any |= !(p + RELATIVE * std::fabs(p) + slack <= threshold[stride * i]);
+            }
+            if (!any) continue;
+            for (int64_t i = start; i < stop; ++i) {
+                const float p = float(row[i]), bound = threshold[stride * i];
+                if (p + RELATIVE * std::fabs(p) + slack <= bound) continue;
+                const float exact = dot(x + b * d, weight + i * d, d) + (bias ? bias[i] : 0.0f);
+                if (exact <= bound) continue;
+                values[to] = exact;
+                indices[to++] = i;
+            }
+        }
+        counts[b] = to - offsets[b];
+    }
+}
+
+// weight rounded to bfloat16, with what that rounding took away: residual[i] = |w_i - rounded w_i|, norm[i] = |w_i|.
+void saeforge_round_rows(int64_t n, int64_t d, const float *weight, uint16_t *rounded, float *residual, float *norm,
+                         int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; ++i) round_row(weight + i * d, d, rounded + i * d, residual[i], norm[i]);
+}
+
+}  // extern "C"
