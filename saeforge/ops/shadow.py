@@ -1,7 +1,7 @@
 """bfloat16 copies of weights that stay valid between steps.
 
-A weight in fp32 is read by every product of a bf16 step; casting it each time costs as much memory traffic as several of
-these products. Its copy is kept beside it, and the optimizer writes the new one while the row is in its registers.
+A weight in fp32 is read by every product of a bf16 step; casting it each time costs as much memory traffic as several
+of these products. Its copy is kept beside it, and the optimizer writes the new one while the row is in its registers.
 """
 
 from __future__ import annotations

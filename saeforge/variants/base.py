@@ -24,6 +24,9 @@ from saeforge.ops import Group, SparseCode
 from saeforge.optim.row_adam import unit_rows_
 from saeforge.sae import SAE
 
+#: Steps between two listings of the dead latents.
+DEAD_LIST_STEPS = 20
+
 InputScale = Literal["rms", "sqrt_d", "none"]
 ScheduleValues = Mapping[str, float]
 
@@ -109,6 +112,8 @@ class Variant(nn.Module, ABC):
     target_scale: Tensor
     tokens_since_fired: Tensor
     firing_counts: Tensor
+    listed_as_dead: Tensor
+    steps_observed: Tensor
     #: The constructor's arguments as given, defaults included: what a checkpoint is compared by.
     arguments: dict[str, Any]
 
@@ -138,6 +143,9 @@ class Variant(nn.Module, ABC):
         self.register_buffer("target_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
         self.register_buffer("firing_counts", torch.zeros(d_sae, dtype=torch.int64), persistent=False)
+        self.register_buffer("listed_as_dead", torch.zeros(d_sae, dtype=torch.bool))
+        self.register_buffer("steps_observed", torch.zeros((), dtype=torch.int64))
+        self._forget_lists()
 
     # What a variant says -----------------------------------------------------------------------------------------
 
@@ -227,6 +235,45 @@ class Variant(nn.Module, ABC):
         self.firing_counts += counts
         self.tokens_since_fired += code.n_rows * self.run.group.size
         self.tokens_since_fired.masked_fill_(counts > 0, 0)
+        self.steps_observed += 1
+        if self._steps is not None:
+            self._steps += 1
+        if self.observed() % DEAD_LIST_STEPS == 0:
+            self.list_dead()
+
+    @final
+    def observed(self) -> int:
+        """Steps observed since the first one of the run; the host's own count, read from the device after a load."""
+        if self._steps is None:
+            self._steps = int(self.steps_observed)
+        return self._steps
+
+    @final
+    def list_dead(self) -> None:
+        """Renews what `dead_latents` returns; it happens by itself every few steps."""
+        self.listed_as_dead.copy_(self.dead())
+        self._dead = None
+
+    @final
+    def dead_latents(self) -> Tensor:
+        """(n,) latents that were dead when they were last listed, ascending.
+
+        How many they are decides shapes, so it must be read from the device; every step would stall a GPU, and a dead
+        window of millions of tokens does not notice a few steps.
+        """
+        if self._dead is None:
+            self._dead = self.listed_as_dead.nonzero(as_tuple=True)[0]
+        return self._dead
+
+    @final
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget_lists()
+
+    @final
+    def _forget_lists(self) -> None:
+        self._steps: int | None = None
+        self._dead: Tensor | None = None
 
     @final
     def dead(self) -> Tensor:
