@@ -262,11 +262,11 @@ def test_auto_chooses_dense_products_only_for_dense_codes() -> None:
     matrix = torch.zeros(10, 200)
     matrix[:, :5] = 1
     sparse = SparseCode.from_dense(matrix)
-    assert choose(sparse, sparse.values) is native_products
-    assert choose(sparse, sparse.values.double()) is stock
+    assert choose(sparse, torch.float32, sparse.values) is native_products
+    assert choose(sparse, F64, sparse.values.double()) is stock
     matrix[:, :50] = 1
     dense_code = SparseCode.from_dense(matrix)
-    assert choose(dense_code, dense_code.values) is dense
+    assert choose(dense_code, torch.float32, dense_code.values) is dense
 
 
 def test_bf16_product_keeps_values_and_gradients_in_the_type_of_the_input() -> None:
@@ -325,7 +325,7 @@ def test_wrong_k_is_named() -> None:
 def test_an_unknown_saeforge_ops_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAEFORGE_OPS", "fast")
     with pytest.raises(ConfigError, match="SAEFORGE_OPS=fast"):
-        choose(ragged())
+        choose(ragged(), F64)
 
 
 def test_a_group_of_one_returns_detached_tensors() -> None:

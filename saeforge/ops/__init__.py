@@ -1,7 +1,7 @@
 """Tensor functions on sparse codes: select, decode, and the sparse backward, for every variant.
 
-Public contract of plugins: `SparseCode`, `encode`, `decode`, `pick`, `row_norms`, `encode_beside`, `decode_beside`, `TopK`, `Above`,
-`Selection`, `Group`.
+Public contract of plugins: `SparseCode`, `encode`, `decode`, `pick`, `row_norms`, `encode_beside`, `decode_beside`,
+`TopK`, `Above`, `Selection`, `Group`.
 """
 
 from saeforge.ops.code import SparseCode

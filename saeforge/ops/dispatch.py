@@ -25,18 +25,22 @@ BREAK_EVEN = {
 }
 
 
-def choose(code: SparseCode, *tensors: Tensor) -> ModuleType:
-    """The products for this code and these values, rows and tables: `dense`, `native_products`, `stock` or Triton's."""
+def choose(code: SparseCode, dtype: torch.dtype, *tensors: Tensor) -> ModuleType:
+    """The products for a code: `dense`, `native_products`, `stock` or Triton's.
+
+    Args:
+        code: whose share of active latents decides.
+        dtype: compute type.
+        tensors: values, rows, tables that will be multiplied.
+    """
     asked = wish()
     if asked == "reference":
         return dense
     kernels = _kernels(asked, *tensors)
-    if asked != "auto":
-        return kernels
-    table = min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize, default=torch.float32)
-    device = code.indices.device.type
-    share = BREAK_EVEN.get((device, table), 1 / 20)
-    return dense if code.nnz > share * code.n_rows * code.d_sae else kernels
+    share = BREAK_EVEN.get((code.indices.device.type, dtype), 1 / 20)
+    if asked == "auto" and code.nnz > share * code.n_rows * code.d_sae:
+        return dense
+    return kernels
 
 
 def _kernels(asked: str, *tensors: Tensor) -> ModuleType:

@@ -1,9 +1,9 @@
 """The sparse step: a dense encoder product, then only gathers over active latents, forward and backward.
 
 Every variant is written with three differentiable functions: `encode` (product, selection, pre-activations of
-active latents), `decode`, and `pick` (a parameter per latent, where it is active). What lies between them (ReLU, a
-gate, a penalty) is ordinary autograd on vectors of nnz entries. Gradients are exact: outside the support every variant's
-gradient is zero [speed 2.6].
+the active latents), `decode`, and `pick` (a parameter per latent, where it is active). What lies between (ReLU, a gate,
+a penalty) is ordinary autograd on vectors of nnz entries. Gradients are exact: outside the support every gradient is
+zero [speed 2.6].
 """
 
 from __future__ import annotations
@@ -171,9 +171,10 @@ def _lowered(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
-def _on_gpu(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Rows as a gather reads them: in the compute type on a GPU, where gathers are bound by memory [speed 2.2]."""
-    return rows.to(dtype) if dtype is not None and rows.device.type == "cuda" else rows
+def _scatter_outer(code: SparseCode, values: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    ops = choose(code, dtype, values, rows)
+    out: Tensor = ops.scatter_outer(code, values, rows.to(dtype) if ops.low_rows else rows)
+    return out
 
 
 class _Encode(torch.autograd.Function):
@@ -212,8 +213,7 @@ class _Encode(torch.autograd.Function):
         need_x, need_weight, need_bias, need_shift = ctx.needs_input_grad[:4]
         grad_x = grad_weight = grad_bias = grad_shift = None
         if need_weight:
-            rows = _on_gpu(shifted, ctx.dtype)
-            grad_weight = choose(code, grad, rows).scatter_outer(code, grad, rows)
+            grad_weight = _scatter_outer(code, grad, shifted, ctx.dtype)
             if ctx.latents is not None:
                 grad_weight.index_add_(0, ctx.latents, _product(grad_pre.T, shifted, ctx.dtype))
         if need_bias or need_shift:
@@ -224,7 +224,7 @@ class _Encode(torch.autograd.Function):
             # d/d shift = -sum_b dx_b = -(sum_b dvalue_b) @ weight: one mat-vec instead of a gather pass [speed 1.3].
             grad_shift = -(grad_bias @ weight)
         if need_x:
-            grad_x = choose(code, grad, weight).gather_sum(code, grad, weight)
+            grad_x = choose(code, weight.dtype, grad, weight).gather_sum(code, grad, weight)
             if ctx.latents is not None:
                 grad_x = grad_x + _product(grad_pre, weight[ctx.latents], ctx.dtype)
         return grad_x, grad_weight, grad_bias if need_bias else None, grad_shift, None, None, None, None
@@ -243,7 +243,7 @@ class _Decode(torch.autograd.Function):
         frozen: bool,
     ) -> tuple[Tensor, Tensor]:
         table = _lowered(weight, dtype or weight.dtype)
-        ops = choose(code, values, table)
+        ops = choose(code, table.dtype, values, table)
         table = table if ops.mixed else weight
         # The weight itself for autograd's check that it has not changed since.
         ctx.save_for_backward(values, table, weight, others)
@@ -260,10 +260,9 @@ class _Decode(torch.autograd.Function):
         code: SparseCode = ctx.code
         grad_values = grad_weight = grad_others = None
         if ctx.needs_input_grad[0]:
-            grad_values = choose(code, grad, table).row_dots(code, grad, table)
+            grad_values = choose(code, table.dtype, grad, table).row_dots(code, grad, table)
         if ctx.needs_input_grad[1] and not ctx.frozen:
-            rows = _on_gpu(grad, ctx.dtype)
-            grad_weight = choose(code, values, rows).scatter_outer(code, values, rows)
+            grad_weight = _scatter_outer(code, values, grad, ctx.dtype)
             if others is not None:
                 grad_weight.index_add_(0, ctx.latents, _product(others.T, grad_other, ctx.dtype))
         if others is not None and ctx.needs_input_grad[4]:

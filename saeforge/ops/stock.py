@@ -14,6 +14,7 @@ from saeforge.ops.code import SparseCode
 name = "stock"
 #: embedding_bag wants values and table in one type.
 mixed = False
+low_rows = False
 
 
 def gather_sum(code: SparseCode, values: Tensor, table: Tensor) -> Tensor:
