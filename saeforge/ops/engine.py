@@ -300,7 +300,8 @@ class _RowNorms(torch.autograd.Function):
         weight, norms = ctx.saved_tensors
         factor = torch.where(norms > 0, grads[0] / norms, 0.0)[:, None]
         if native.takes(weight):
-            return torch.mul(weight, factor, out=pool.empty(*weight.shape))
+            out: Tensor = torch.mul(weight, factor, out=pool.empty(*weight.shape))
+            return out
         return weight * factor
 
 

@@ -26,7 +26,7 @@ class _Job(NamedTuple):
 
     @property
     def constrained(self) -> bool:
-        return self.group["constraint"] == "unit_norm"
+        return bool(self.group["constraint"] == "unit_norm")
 
     def rows(self, tensor: Tensor) -> Tensor:
         return tensor.detach().reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.detach().reshape(1, -1)

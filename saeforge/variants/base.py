@@ -114,6 +114,9 @@ class Variant(nn.Module, ABC):
     firing_counts: Tensor
     listed_as_dead: Tensor
     steps_observed: Tensor
+    # The host's copies of the last two; None when they must be read from the device.
+    _steps: int | None
+    _dead: Tensor | None
     #: The constructor's arguments as given, defaults included: what a checkpoint is compared by.
     arguments: dict[str, Any]
 
@@ -272,8 +275,7 @@ class Variant(nn.Module, ABC):
 
     @final
     def _forget_lists(self) -> None:
-        self._steps: int | None = None
-        self._dead: Tensor | None = None
+        self._steps = self._dead = None
 
     @final
     def dead(self) -> Tensor:
