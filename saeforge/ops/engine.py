@@ -291,7 +291,7 @@ class _Pick(torch.autograd.Function):
 class _RowNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        norms = weight.norm(dim=1)
+        norms: Tensor = weight.norm(dim=1)
         ctx.save_for_backward(weight, norms)
         return norms
 
@@ -299,10 +299,8 @@ class _RowNorms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         weight, norms = ctx.saved_tensors
         factor = torch.where(norms > 0, grads[0] / norms, 0.0)[:, None]
-        if native.takes(weight):
-            out: Tensor = torch.mul(weight, factor, out=pool.empty(*weight.shape))
-            return out
-        return weight * factor
+        out: Tensor = pool.empty(*weight.shape) if native.takes(weight) else torch.empty_like(weight)
+        return torch.mul(weight, factor, out=out)
 
 
 def _sum_by_latent(entries: Tensor, indices: Tensor, n: int) -> Tensor:

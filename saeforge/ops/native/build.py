@@ -46,7 +46,7 @@ def load() -> ctypes.CDLL:
         BuildError: with the reason.
     """
     folder = Path(__file__).parent
-    compiler = next((path for name in _compilers() if (path := shutil.which(name))), None)
+    compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
     if compiler is None:
         raise BuildError(f"no C++ compiler ({', '.join(_compilers())}): install g++ or set CXX")
     digest = hashlib.sha256()
