@@ -55,8 +55,8 @@ def prepared(variant: Variant, device: str = "cpu") -> tuple[Variant, Callable[[
     with torch.no_grad():
         for parameter in variant.parameters():
             parameter.normal_()
-    variant.to(device).bind(RunSettings(100, 50, torch.bfloat16))
-    variant.tokens_since_fired[:20] = 1000
+    variant.to(device).bind(RunSettings(100, 10_000, torch.bfloat16))
+    variant.tokens_since_fired[:20] = 10_000
     variant.list_dead()
     variant.dead_latents()
     rows = torch.randn(16, variant.d_in, device=device, dtype=torch.bfloat16)

@@ -18,8 +18,8 @@ from saeforge.ops.wish import wish
 #: Share of active latents above which dense products win: a dense multiply-add costs that much less than a gathered
 #: one. CPU: measured, scripts/bench_step.py --break-even; CUDA: [speed 0.4], not measured yet.
 BREAK_EVEN = {
-    ("cpu", torch.float32): 1 / 9,
-    ("cpu", torch.bfloat16): 1 / 40,
+    ("cpu", torch.float32): 1 / 6,
+    ("cpu", torch.bfloat16): 1 / 10,
     ("cuda", torch.float32): 1 / 20,
     ("cuda", torch.bfloat16): 1 / 184,
 }

@@ -29,7 +29,7 @@ SMALLEST = 1 << 20
 #: Rows much longer than the others would make the bounds of all the others loose.
 _LONGEST = 4.0
 #: Share of candidates above which computing them one by one costs more than an fp32 product.
-_MANY = 1 / 24
+_MANY = 1 / 10
 
 
 @functools.cache

@@ -24,7 +24,8 @@ from saeforge.ops import Group, SparseCode
 from saeforge.optim.row_adam import unit_rows_
 from saeforge.sae import SAE
 
-#: Steps between two listings of the dead latents.
+#: Steps between two listings of the dead latents, at most; fewer where so many are a tenth of the time after which a
+#: latent counts as dead.
 DEAD_LIST_STEPS = 20
 
 InputScale = Literal["rms", "sqrt_d", "none"]
@@ -241,7 +242,8 @@ class Variant(nn.Module, ABC):
         self.steps_observed += 1
         if self._steps is not None:
             self._steps += 1
-        if self.observed() % DEAD_LIST_STEPS == 0:
+        tenth = self.run.dead_after_tokens // (10 * max(1, code.n_rows * self.run.group.size))
+        if self.observed() % max(1, min(DEAD_LIST_STEPS, tenth)) == 0:
             self.list_dead()
 
     @final
