@@ -59,6 +59,12 @@ def _inspect(argv: list[str]) -> int:
         default="auto",
         help="Show samples as text, with the model's tokenizer: true, false, or auto (if it is on this machine).",
     )
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="Run Python code that comes with the tokenizer; read it first.",
+    )
     parser.add_argument("--json", action="store_true", help="Print the JSON instead.")
     options = parser.parse_args(argv)
     if options.samples < 0:
@@ -73,7 +79,8 @@ def _inspect(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return 0
-    decode = decoder(facts["model"], options.decode) if facts.get("samples") else None
+    trust = options.trust_remote_code
+    decode = decoder(facts["model"], options.decode, trust_remote_code=trust) if facts.get("samples") else None
     for line in card_lines(facts, decode):
         print(line)
     return 0

@@ -57,12 +57,13 @@ def card_lines(facts: dict[str, Any], decode: Decode | None) -> Iterator[str]:
     yield f"fingerprint {facts['fingerprint']}"
 
 
-def decoder(model: dict[str, Any], wanted: str) -> Decode | None:
+def decoder(model: dict[str, Any], wanted: str, *, trust_remote_code: bool = False) -> Decode | None:
     """Return what turns token ids into text, or None if the model's tokenizer is not to be used.
 
     Args:
         model: record of the dataset.
         wanted: "true", "false", or "auto": if the model is on this machine, so that looking never downloads.
+        trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
         ConfigError: wanted is "true" and there is no tokenizer.
@@ -77,7 +78,7 @@ def decoder(model: dict[str, Any], wanted: str) -> Decode | None:
     from saeforge.lm.load import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(name, model.get("revision"))
+        tokenizer = load_tokenizer(name, model.get("revision"), trust_remote_code=trust_remote_code)
     except ConfigError:
         if wanted == "true":
             raise
