@@ -153,6 +153,12 @@ def _import(argv: list[str]) -> int:
     parser.add_argument("--shuffle", type=bool, default=True, help="false keeps the order of the rows.")
     parser.add_argument("--seed", type=int, default=0, help="Of the shuffle.")
     parser.add_argument(
+        "--skip_token_ids",
+        type=list[int],
+        default=[],
+        help="Leave out the rows of these tokens, where the source has token ids: '[50256]' for GPT-2's BOS.",
+    )
+    parser.add_argument(
         "--bucket_rows", type=int | None, default=None, help="Rows in memory at once, a power of two; default: 1 GiB."
     )
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace another import in the same folder.")
@@ -175,6 +181,7 @@ def _import(argv: list[str]) -> int:
                 validation_share=options.validation_share,
                 shuffle=options.shuffle,
                 seed=options.seed,
+                skip_token_ids=options.skip_token_ids,
                 bucket_rows=options.bucket_rows,
                 overwrite=options.overwrite,
                 note=lambda text: print(f"note: {text}", file=sys.stderr),

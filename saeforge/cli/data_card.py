@@ -177,7 +177,9 @@ def _text(text: dict[str, Any]) -> str:
     sources = text.get("sources")
     if sources:
         names = ", ".join(str(source["file"]) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
-        return f"imported from {len(sources):,} file{'s' if len(sources) > 1 else ''} ({names})"
+        skipped = text.get("skipped")
+        without = f", {skipped['rows']:,} rows of tokens {skipped['token_ids']} left out" if skipped else ""
+        return f"imported from {len(sources):,} file{'s' if len(sources) > 1 else ''} ({names}){without}"
     return str(text.get("source", ""))
 
 

@@ -165,8 +165,8 @@ class ShardRows(RowSource):
         packing = self.dataset.manifest.packing
         if not packing:
             raise DatasetError(
-                f"{path} does not say which tokens its rows belong to: it was not made by `saeforge harvest`; read "
-                "features from text instead, with --texts"
+                f"{path} has no tokens/, the texts of its rows, which only `saeforge harvest` stores; read features "
+                "from text instead, with --texts"
             )
         blocks: list[tuple[str, int]] = []
         rows = 0
