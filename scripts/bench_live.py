@@ -5,7 +5,9 @@
 PEER is an environment with eai-sparsify==1.3.3 (left out: no comparison). Torch computes with one thread in each of the
 two threads that compute, the model's and the trainer's, as if they were two devices; sparsify, which does one after the
 other, gets both. In rounds, one of each after the other, the model both before and after live training: a machine that
-is busy for a while is busy for both. A round warms up; medians and ranges over the others. About 30 s a round.
+is busy for a while is busy for both. A round begins when other work leaves the machine alone, or after `--patience`
+seconds; the report says how many cores other work used all the same. The first round warms up; medians and ranges over
+the others. About 30 s a round.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -39,6 +42,7 @@ from saeforge.variants import TopK
 LAYER, BATCH, LANES, CONTEXT = 3, 2048, 8, 256
 #: Share of the slower of both parts that live training has to reach.
 GOAL = 0.9
+QUIET = 0.1
 
 
 class Clock(Callback):
@@ -50,6 +54,37 @@ class Clock(Callback):
     def on_train_batch_end(self, *args: Any) -> None:
         """Looks at the clock."""
         self.times.append(time.perf_counter())
+
+
+class Others:
+    """How many cores other processes use, from the kernel's counters; 0 where there are none."""
+
+    def __init__(self) -> None:
+        self.start = self._look()
+
+    def cores(self) -> float:
+        """Since the start, on average."""
+        busy, own, now = (after - before for after, before in zip(self._look(), self.start, strict=True))
+        return max(0.0, busy - own) / now
+
+    @staticmethod
+    def _look() -> tuple[float, float, float]:
+        try:
+            fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        except OSError:
+            fields = [0] * 8
+        busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
+        return busy, sum(os.times()[:4]), time.perf_counter()
+
+
+def wait_for_quiet(patience: float) -> None:
+    """Waits until others use less than a tenth of a core, or as long as one may wait."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        others = Others()
+        time.sleep(2)
+        if others.cores() < QUIET:
+            return
 
 
 def fit(source: Any, steps: int, skip: int, d_sae: int, k: int, window_blocks: int) -> float:
@@ -136,6 +171,7 @@ def main() -> int:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--windows", type=int, default=8, help="timed of each training, after two")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=60, help="longest wait for a quiet machine before a round")
     given = parser.parse_args()
     torch.set_num_threads(1)
     window_steps = LANES * given.block_rows // BATCH
@@ -149,8 +185,10 @@ def main() -> int:
         flat = np.load(folder / "live" / "tokens" / "train.tokens.npy")
         np.save(folder / "tokens.npy", flat[: len(flat) // CONTEXT * CONTEXT].reshape(-1, CONTEXT).astype(np.int64))
         rates: dict[str, list[float]] = {"model": [], "step": [], "live": [], "live2": [], "sparsify": []}
-        version = None
+        version, busy = None, []
         for number in range(given.rounds + 1):
+            wait_for_quiet(given.patience)
+            others = Others()
             found = {"step": fit(rows, steps, skip, given.d_sae, given.k, window_blocks=4)}
             seconds = forward(source, range(1, 17))
             found["live"] = fit(source, steps, skip, given.d_sae, given.k, window_blocks=1)
@@ -165,11 +203,14 @@ def main() -> int:
             if number:  # the first round warms up
                 for key, rate in found.items():
                     rates[key].append(rate)
+                busy.append(others.cores())
             figures = ", ".join(f"{key} {rate:,.0f}" for key, rate in found.items())
-            print(f"round {number} of {given.rounds}: {figures}", file=sys.stderr)
+            print(f"round {number} of {given.rounds}: {figures}; others {others.cores():.2f} cores", file=sys.stderr)
         close()
-    result = {"rates": rates, "machine": machine(), "sparsify": version, "settings": vars(given) | {"out": None}}
-    text = report(result, shlex.join(["python", "scripts/bench_live.py", *sys.argv[1:]]))
+    settings = {key: value for key, value in vars(given).items() if key not in ("out", "peer_python")}
+    result = {"rates": rates, "machine": machine(), "sparsify": version, "settings": settings, "others": busy}
+    words = ["PEER/bin/python" if word == given.peer_python else word for word in sys.argv[1:]]
+    text = report(result, shlex.join(["python", "scripts/bench_live.py", *words]))
     print(text)
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -203,6 +244,8 @@ def report(result: dict[str, Any], command: str) -> str:
         f"blocks of {settings['block_rows']:,} rows, contexts of {CONTEXT}. {len(rates['live'])} rounds.",
         f"Machine: {', '.join(host['cpu'])}, {host['cores']} cores, Python {host['python']}, "
         f"{', '.join(f'{name} {version}' for name, version in host['versions'].items())}.",
+        f"Other work used {statistics.median(result['others']):.2f} cores meanwhile ({min(result['others']):.2f} to "
+        f"{max(result['others']):.2f} in a round).",
         "",
         "| what | tokens/s, median | range |",
         "|---|---|---|",
