@@ -4,7 +4,10 @@
 
 PEER is an environment with eai-sparsify==1.3.3 (left out: no comparison). Torch computes with one thread in each of the
 two threads that compute, the model's and the trainer's, as if they were two devices; sparsify, which does one after the
-other, gets both. In rounds, one of each after the other; medians and ranges.
+other, gets both. In rounds, one of each after the other, the model both before and after live training: a machine that
+is busy for a while is busy for both. A round begins when other work leaves the machine alone, or after `--patience`
+seconds; the report says how many cores other work used all the same. The first round warms up; medians and ranges over
+the others. About 30 s a round.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -38,6 +42,7 @@ from saeforge.variants import TopK
 LAYER, BATCH, LANES, CONTEXT = 3, 2048, 8, 256
 #: Share of the slower of both parts that live training has to reach.
 GOAL = 0.9
+QUIET = 0.1
 
 
 class Clock(Callback):
@@ -49,6 +54,37 @@ class Clock(Callback):
     def on_train_batch_end(self, *args: Any) -> None:
         """Looks at the clock."""
         self.times.append(time.perf_counter())
+
+
+class Others:
+    """How many cores other processes use, from the kernel's counters; 0 where there are none."""
+
+    def __init__(self) -> None:
+        self.start = self._look()
+
+    def cores(self) -> float:
+        """Since the start, on average."""
+        busy, own, now = (after - before for after, before in zip(self._look(), self.start, strict=True))
+        return max(0.0, busy - own) / now
+
+    @staticmethod
+    def _look() -> tuple[float, float, float]:
+        try:
+            fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        except OSError:
+            fields = [0] * 8
+        busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
+        return busy, sum(os.times()[:4]), time.perf_counter()
+
+
+def wait_for_quiet(patience: float) -> None:
+    """Waits until others use less than a tenth of a core, or as long as one may wait."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        others = Others()
+        time.sleep(2)
+        if others.cores() < QUIET:
+            return
 
 
 def fit(source: Any, steps: int, skip: int, d_sae: int, k: int, window_blocks: int) -> float:
@@ -92,13 +128,13 @@ def open_source(folder: Path, given: argparse.Namespace) -> LiveSource:
     )
 
 
-def forward(source: LiveSource, blocks: int) -> float:
-    """Tokens/s of the model alone."""
+def forward(source: LiveSource, blocks: range) -> float:
+    """Seconds of the model alone for some blocks."""
     into = source.read_block("train", 0)
     start = time.perf_counter()
-    for index in range(1, 1 + blocks):
+    for index in blocks:
         source.read_block("train", index, into)
-    return blocks * source.block_rows("train") / (time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def peer(given: argparse.Namespace, folder: Path, tokens: Path, steps: int) -> dict[str, Any]:
@@ -133,7 +169,9 @@ def main() -> int:
     parser.add_argument("--block-rows", type=int, default=1024)
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=8, help="timed of each training, after two")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=60, help="longest wait for a quiet machine before a round")
     given = parser.parse_args()
     torch.set_num_threads(1)
     window_steps = LANES * given.block_rows // BATCH
@@ -141,19 +179,21 @@ def main() -> int:
         folder = Path(name)
         source = open_source(folder / "live", given)
         close, source.close = source.close, lambda: None  # type: ignore[method-assign]  # trainers close what they get
-        windows = min(12, source.n_blocks("train") // LANES)
+        windows = min(2 + given.windows, source.n_blocks("train") // LANES)
         steps, skip = windows * window_steps, 2 * window_steps  # the first window is made before the first step
         rows = TensorSource(torch.cat([source.read_block("train", i)[0] for i in range(16)]), validation_share=0.0)
         flat = np.load(folder / "live" / "tokens" / "train.tokens.npy")
         np.save(folder / "tokens.npy", flat[: len(flat) // CONTEXT * CONTEXT].reshape(-1, CONTEXT).astype(np.int64))
         rates: dict[str, list[float]] = {"model": [], "step": [], "live": [], "live2": [], "sparsify": []}
-        version = None
+        version, busy = None, []
         for number in range(given.rounds + 1):
-            found = {
-                "model": forward(source, 16),
-                "step": fit(rows, steps, skip, given.d_sae, given.k, window_blocks=4),
-                "live": fit(source, steps, skip, given.d_sae, given.k, window_blocks=1),
-            }
+            wait_for_quiet(given.patience)
+            others = Others()
+            found = {"step": fit(rows, steps, skip, given.d_sae, given.k, window_blocks=4)}
+            seconds = forward(source, range(1, 17))
+            found["live"] = fit(source, steps, skip, given.d_sae, given.k, window_blocks=1)
+            seconds += forward(source, range(17, 33))
+            found["model"] = 32 * source.block_rows("train") / seconds
             torch.set_num_threads(2)
             found["live2"] = fit(source, steps, skip, given.d_sae, given.k, window_blocks=1)
             torch.set_num_threads(1)
@@ -163,10 +203,14 @@ def main() -> int:
             if number:  # the first round warms up
                 for key, rate in found.items():
                     rates[key].append(rate)
-            print(f"round {number} of {given.rounds}: {found}", file=sys.stderr)
+                busy.append(others.cores())
+            figures = ", ".join(f"{key} {rate:,.0f}" for key, rate in found.items())
+            print(f"round {number} of {given.rounds}: {figures}; others {others.cores():.2f} cores", file=sys.stderr)
         close()
-    result = {"rates": rates, "machine": machine(), "sparsify": version, "settings": vars(given) | {"out": None}}
-    text = report(result, shlex.join(["python", "scripts/bench_live.py", *sys.argv[1:]]))
+    settings = {key: value for key, value in vars(given).items() if key not in ("out", "peer_python")}
+    result = {"rates": rates, "machine": machine(), "sparsify": version, "settings": settings, "others": busy}
+    words = ["PEER/bin/python" if word == given.peer_python else word for word in sys.argv[1:]]
+    text = report(result, shlex.join(["python", "scripts/bench_live.py", *words]))
     print(text)
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,9 +229,10 @@ def report(result: dict[str, Any], command: str) -> str:
         "live2": "live: both at once, two threads each, as it comes",
         "sparsify": f"sparsify {result['sparsify']}, Trainer on the CPU, two threads",
     }
-    share = statistics.median(
+    shares = [
         live / min(model, step) for live, model, step in zip(rates["live"], rates["model"], rates["step"], strict=True)
-    )
+    ]
+    share = statistics.median(shares)
     host = result["machine"]
     lines = [
         f"# Live training, {datetime.date.today():%Y-%m-%d}",
@@ -199,6 +244,8 @@ def report(result: dict[str, Any], command: str) -> str:
         f"blocks of {settings['block_rows']:,} rows, contexts of {CONTEXT}. {len(rates['live'])} rounds.",
         f"Machine: {', '.join(host['cpu'])}, {host['cores']} cores, Python {host['python']}, "
         f"{', '.join(f'{name} {version}' for name, version in host['versions'].items())}.",
+        f"Other work used {statistics.median(result['others']):.2f} cores meanwhile ({min(result['others']):.2f} to "
+        f"{max(result['others']):.2f} in a round).",
         "",
         "| what | tokens/s, median | range |",
         "|---|---|---|",
@@ -208,13 +255,14 @@ def report(result: dict[str, Any], command: str) -> str:
             if v
         ),
         "",
-        f"* Live training runs at {share:.0%} of the slower of its parts (median over rounds), "
-        f"{'met' if share >= GOAL else f'missed (goal {GOAL:.0%})'}.",
+        f"* Live training runs at {share:.0%} of the slower of its parts (median over rounds; {min(shares):.0%} to "
+        f"{max(shares):.0%}), {'met' if share >= GOAL else f'missed (goal {GOAL:.0%})'}.",
     ]
     if rates["sparsify"]:
-        ratio = statistics.median(a / b for a, b in zip(rates["live2"], rates["sparsify"], strict=True))
+        ratios = [a / b for a, b in zip(rates["live2"], rates["sparsify"], strict=True)]
         lines.append(
-            f"* As it comes, {ratio:.2f} times sparsify's tokens/s on the same two cores (which runs all six layers)."
+            f"* As it comes, {statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f}) sparsify's "
+            "tokens/s on the same two cores (which runs all six layers)."
         )
     return "\n".join([*lines, ""])
 

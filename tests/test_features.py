@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from saeforge.cli.main import main
+from saeforge.data.imports import import_activations
 from saeforge.data.shards import ActivationDataset
 from saeforge.data.source import ShardSource
 from saeforge.data.writer import write_dataset
@@ -479,6 +480,11 @@ def test_mistakes_are_one_line(home: Path, tmp_path: Path, capsys: pytest.Captur
     assert "does not exist" in fails(["build", str(tmp_path / "nowhere")], capsys)
     write_dataset(tmp_path / "bare", {"train": torch.randn(2048, D)}, site="layers.1:out")
     assert "with --texts" in fails(["build", run, "--data", str(tmp_path / "bare")], capsys)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((4096, D)).astype("float32"))
+    import_activations([tmp_path / "x.npy"], tmp_path / "imported", site="layers.1:out", validation_share=0)
+    message = fails(["build", run, "--data", str(tmp_path / "imported")], capsys)
+    assert "has no tokens/" in message
+    assert "with --texts" in message
     sae = SAE.load(home / "topk" / "sae")
     sae.meta = {}
     sae.save(tmp_path / "homeless" / "sae")

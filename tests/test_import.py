@@ -245,6 +245,46 @@ def test_the_cache_of_saelens_keeps_contexts_and_tokens(tmp_path: Path, dtype: s
         assert np.array_equal(rows[:, 2], tokens[rows[:, 3], rows[:, 1]])
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_of_some_tokens_are_left_out_and_counted(tmp_path: Path, shuffle: bool) -> None:
+    """Every other row is stored once, in its context, also where a whole context, or its middle, is left out."""
+    acts = np.random.default_rng(0).standard_normal((500, 16, D)).astype("float32")
+    tokens = np.random.default_rng(1).integers(2, 90, (500, 16)).astype(np.int32)
+    tokens[:, 0] = tokens[7, 5] = tokens[200] = 1
+    acts[tokens == 1] = np.nan  # so that even looking at one is an error
+    acts[..., 0] = np.where(tokens == 1, np.nan, np.arange(500 * 16).reshape(500, 16))
+    folder = saelens_cache(tmp_path / "cache", acts, tokens)
+    options: Any = dict(validation_share=0.3, bucket_rows=2048, shuffle=shuffle)
+    notes: list[str] = []
+    manifest = import_activations([folder], tmp_path / "out", skip_token_ids=[99, 1, 1], note=notes.append, **options)
+    skipped = int((tokens == 1).sum())
+    assert manifest.text["skipped"] == {"token_ids": [1, 99], "rows": skipped}
+    assert notes == [f"{skipped:,} of 8,000 rows are left out: they are of tokens 1, 99"]
+    seen: list[int] = []
+    for split in ("train", "validation"):
+        x, rows = read_all(tmp_path / "out", split)
+        assert np.array_equal(x.numpy(), acts[rows[:, 3], rows[:, 1]])
+        assert np.array_equal(rows[:, 2], tokens[rows[:, 3], rows[:, 1]])
+        found = x[:, 0].long().tolist()
+        assert shuffle != (found == sorted(found))
+        seen += found
+    dropped = sum(split.dropped_rows for split in manifest.splits.values())
+    assert len(set(seen)) == len(seen) == 8000 - skipped - dropped
+    assert verify_dataset(tmp_path / "out") == []
+    with pytest.raises(ConfigError, match="skip_token_ids"):
+        import_activations([folder], tmp_path / "out", skip_token_ids=[1], **options)
+    with pytest.raises(DatasetError, match=r"hook_resid_post, row 0: NaN"):
+        import_activations([folder], tmp_path / "all", **(options | {"shuffle": False}))
+
+
+def test_tokens_to_skip_need_token_ids(flat: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.npy does not say which tokens .* leave out --skip_token_ids"):
+        import_activations(flat, tmp_path / "out", skip_token_ids=[1])
+    with pytest.raises(ConfigError, match="skip_token_ids = -1: expected token ids"):
+        import_activations(flat, tmp_path / "out", skip_token_ids=[-1])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_cache_without_tokens_or_a_single_file_is_read_too(tmp_path: Path) -> None:
     acts = np.random.default_rng(0).standard_normal((200, 16, D)).astype("float32")
     folder = saelens_cache(tmp_path / "cache", acts, None, files=1)

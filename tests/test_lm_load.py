@@ -22,7 +22,7 @@ from saeforge.harvest import HarvestConfig, harvest
 from saeforge.harvest.work import TextWork
 from saeforge.lm.capture import Capture, TokenBatch, input_place
 from saeforge.lm.load import load_model, load_tokenizer
-from tests.tiny_models import save_model
+from tests.tiny_models import own_modules, save_model
 
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed: pip install accelerate"
@@ -123,26 +123,24 @@ def test_code_of_a_model_does_not_run_unless_allowed(hut: Path, tmp_path: Path) 
     assert not (tmp_path / "o").exists()
 
 
-def test_code_of_a_model_runs_if_allowed_and_the_card_says_so(
-    hut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    manifest = harvest(**options(hut, tmp_path, trust_remote_code=True))
-    assert (tmp_path / "ran").exists()
-    assert (manifest.model["remote_code"], manifest.model["class"]) == (True, "HutModel")
-    assert (manifest.model["layers"], manifest.model["layers_loaded"]) == (3, 2)
-    weights = load_file(hut / "model.safetensors")
-    dataset = ActivationDataset.open(tmp_path / "o")
-    x, rows = dataset.read_block("train", 0), dataset.read_rows("train", 0)
-    expected = weights["embed.weight"][torch.from_numpy(rows[:, 2].astype("int64"))]
-    for layer in range(2):
-        mlp = expected @ weights[f"layers.{layer}.mlp.weight"].T + weights[f"layers.{layer}.mlp.bias"]
-        expected = expected + mlp.tanh()
-    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
-    # Other code is another model.
-    before = load_model(str(hut), ["resid_post.1"], trust_remote_code=True).card["files_sha256"]
-    (hut / "modeling_hut.py").write_text(MODELING + "\n# changed\n")
-    assert load_model(str(hut), ["resid_post.1"], trust_remote_code=True).card["files_sha256"] != before
+def test_code_of_a_model_runs_if_allowed_and_the_card_says_so(hut: Path, tmp_path: Path) -> None:
+    with own_modules(tmp_path / "modules"):
+        manifest = harvest(**options(hut, tmp_path, trust_remote_code=True))
+        assert (tmp_path / "ran").exists()
+        assert (manifest.model["remote_code"], manifest.model["class"]) == (True, "HutModel")
+        assert (manifest.model["layers"], manifest.model["layers_loaded"]) == (3, 2)
+        weights = load_file(hut / "model.safetensors")
+        dataset = ActivationDataset.open(tmp_path / "o")
+        x, rows = dataset.read_block("train", 0), dataset.read_rows("train", 0)
+        expected = weights["embed.weight"][torch.from_numpy(rows[:, 2].astype("int64"))]
+        for layer in range(2):
+            mlp = expected @ weights[f"layers.{layer}.mlp.weight"].T + weights[f"layers.{layer}.mlp.bias"]
+            expected = expected + mlp.tanh()
+        torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+        # Other code is another model.
+        before = load_model(str(hut), ["resid_post.1"], trust_remote_code=True).card["files_sha256"]
+        (hut / "modeling_hut.py").write_text(MODELING + "\n# changed\n")
+        assert load_model(str(hut), ["resid_post.1"], trust_remote_code=True).card["files_sha256"] != before
 
 
 def test_code_of_a_tokenizer_does_not_run_unless_allowed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from saeforge.data.plan import Plan, permutation
+from saeforge.data.plan import Plan, permutation, stable_order
 from saeforge.errors import ConfigError, DatasetError
 
 
@@ -117,6 +117,15 @@ def test_the_order_does_not_depend_on_pythons_hash_seed(hash_seed: str) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(permutation(50, 3, 1, 4).tolist())
+
+
+@pytest.mark.parametrize("values", [2, 30, 2**63])
+@pytest.mark.parametrize("n", [0, 1, 2, 1000, 65_537])
+def test_the_order_is_that_of_a_stable_argsort_with_and_without_ties(n: int, values: int) -> None:
+    raw = np.random.default_rng(n).integers(0, values, n, dtype=np.uint64)
+    order = stable_order(raw)
+    assert order.dtype == np.int64
+    assert np.array_equal(order, np.argsort(raw, kind="stable"))
 
 
 def test_permutations_are_uniform_enough_to_be_shuffles() -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -120,3 +124,20 @@ def save_model(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32) -
         model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def own_modules(folder: Path) -> Iterator[None]:
+    """Has transformers keep the code that comes with models in a folder, and forget it at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+        patch.setattr(sys, "path", [*sys.path])  # transformers appends the folder
+        forget_code()
+        yield
+        forget_code()
+
+
+def forget_code() -> None:
+    """Lets transformers run a model's code again when it is loaded again."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]

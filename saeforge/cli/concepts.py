@@ -55,6 +55,12 @@ def make_parser() -> OneLineParser:
         "--shuffle_labels", type=int | None, default=None, help="Shuffle the labels with this seed: shows chance."
     )
     parser.add_argument("--model", type=str | None, default=None, help="Where the model is now, if it moved.")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="Run Python code that comes with the model; read it first.",
+    )
     parser.add_argument("--context_length", type=int | None, default=None, help="Longest context, in tokens.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--json", action="store_true", help="Print the JSON instead of the table.")
@@ -93,6 +99,7 @@ def run(argv: Sequence[str]) -> int:
             seed=options.seed,
             shuffle_labels=options.shuffle_labels,
             model=options.model,
+            trust_remote_code=options.trust_remote_code,
             context_length=options.context_length,
             device=options.device,
             on_progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),

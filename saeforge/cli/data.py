@@ -59,6 +59,12 @@ def _inspect(argv: list[str]) -> int:
         default="auto",
         help="Show samples as text, with the model's tokenizer: true, false, or auto (if it is on this machine).",
     )
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="Run Python code that comes with the tokenizer; read it first.",
+    )
     parser.add_argument("--json", action="store_true", help="Print the JSON instead.")
     options = parser.parse_args(argv)
     if options.samples < 0:
@@ -73,7 +79,8 @@ def _inspect(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return 0
-    decode = decoder(facts["model"], options.decode) if facts.get("samples") else None
+    trust = options.trust_remote_code
+    decode = decoder(facts["model"], options.decode, trust_remote_code=trust) if facts.get("samples") else None
     for line in card_lines(facts, decode):
         print(line)
     return 0
@@ -146,6 +153,12 @@ def _import(argv: list[str]) -> int:
     parser.add_argument("--shuffle", type=bool, default=True, help="false keeps the order of the rows.")
     parser.add_argument("--seed", type=int, default=0, help="Of the shuffle.")
     parser.add_argument(
+        "--skip_token_ids",
+        type=list[int],
+        default=[],
+        help="Leave out the rows of these tokens, where the source has token ids: '[50256]' for GPT-2's BOS.",
+    )
+    parser.add_argument(
         "--bucket_rows", type=int | None, default=None, help="Rows in memory at once, a power of two; default: 1 GiB."
     )
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace another import in the same folder.")
@@ -168,6 +181,7 @@ def _import(argv: list[str]) -> int:
                 validation_share=options.validation_share,
                 shuffle=options.shuffle,
                 seed=options.seed,
+                skip_token_ids=options.skip_token_ids,
                 bucket_rows=options.bucket_rows,
                 overwrite=options.overwrite,
                 note=lambda text: print(f"note: {text}", file=sys.stderr),

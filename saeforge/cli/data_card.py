@@ -57,12 +57,13 @@ def card_lines(facts: dict[str, Any], decode: Decode | None) -> Iterator[str]:
     yield f"fingerprint {facts['fingerprint']}"
 
 
-def decoder(model: dict[str, Any], wanted: str) -> Decode | None:
+def decoder(model: dict[str, Any], wanted: str, *, trust_remote_code: bool = False) -> Decode | None:
     """Return what turns token ids into text, or None if the model's tokenizer is not to be used.
 
     Args:
         model: record of the dataset.
         wanted: "true", "false", or "auto": if the model is on this machine, so that looking never downloads.
+        trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
         ConfigError: wanted is "true" and there is no tokenizer.
@@ -77,7 +78,7 @@ def decoder(model: dict[str, Any], wanted: str) -> Decode | None:
     from saeforge.lm.load import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(name, model.get("revision"))
+        tokenizer = load_tokenizer(name, model.get("revision"), trust_remote_code=trust_remote_code)
     except ConfigError:
         if wanted == "true":
             raise
@@ -176,7 +177,9 @@ def _text(text: dict[str, Any]) -> str:
     sources = text.get("sources")
     if sources:
         names = ", ".join(str(source["file"]) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
-        return f"imported from {len(sources):,} file{'s' if len(sources) > 1 else ''} ({names})"
+        skipped = text.get("skipped")
+        without = f", {skipped['rows']:,} rows of tokens {skipped['token_ids']} left out" if skipped else ""
+        return f"imported from {len(sources):,} file{'s' if len(sources) > 1 else ''} ({names}){without}"
     return str(text.get("source", ""))
 
 

@@ -43,6 +43,12 @@ def make_parser() -> OneLineParser:
         "--batch_contexts", type=int | None, default=None, help="Contexts at a time; default: as many as fit."
     )
     parser.add_argument("--model", type=str | None, default=None, help="Where the model is now, if it moved.")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="Run Python code that comes with the model; read it first.",
+    )
     parser.add_argument("--seed", type=int, default=0, help="Of the bootstrap intervals.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--json", action="store_true", help="Print the JSON instead of the table.")
@@ -94,6 +100,7 @@ def run(argv: Sequence[str]) -> int:
             effect_tokens=options.effect_tokens,
             batch_contexts=options.batch_contexts,
             model=options.model,
+            trust_remote_code=options.trust_remote_code,
             seed=options.seed,
             device=options.device,
             on_progress=show,

@@ -76,6 +76,12 @@ def _build(argv: list[str]) -> int:
     )
     parser.add_argument("--max_tokens", type=int | None, default=None, help="Read at most so many tokens.")
     parser.add_argument("--model", type=str | None, default=None, help="Where the model is now, if it moved.")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="Run Python code that comes with the model; read it first.",
+    )
     parser.add_argument("--seed", type=int, default=0, help="Of the samples by strength.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--overwrite", action="store_true", help="Replace features that were built with other options.")
@@ -99,6 +105,7 @@ def _build(argv: list[str]) -> int:
                 texts=options.texts,
                 max_tokens=options.max_tokens,
                 model=options.model,
+                trust_remote_code=options.trust_remote_code,
                 seed=options.seed,
                 device=options.device,
                 overwrite=options.overwrite,

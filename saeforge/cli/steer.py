@@ -52,6 +52,12 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--seed", type=int, default=0, help="Of the sampling; the same for plain and steered text.")
     parser.add_argument("--greedy", action="store_true", help="The most likely token each time, instead of sampling.")
     parser.add_argument("--model", type=str | None, default=None, help="Where the model is now, if it moved.")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="Run Python code that comes with the model; read it first.",
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of the table.")
     return parser
@@ -84,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
     edits = parse_edits(options.edit)
     device = resolve_device(options.device)
     sae = load(options.run, device=device)
-    origin = origin_of(sae, model=options.model)
+    origin = origin_of(sae, model=options.model, trust_remote_code=options.trust_remote_code)
     settings = {key: options[key] for key in ("max_new_tokens", "temperature", "top_p", "seed", "greedy")}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:

@@ -141,5 +141,13 @@ def _block_order(n_blocks: int, seed: int, pass_index: int) -> np.ndarray:
 
 def permutation(n: int, *key: int) -> np.ndarray:
     """A permutation of n as a pure function of `key`."""
-    raw = np.random.Philox(np.random.SeedSequence(list(key))).random_raw(n)
-    return np.argsort(raw, kind="stable").astype(np.int64)
+    return stable_order(np.random.Philox(np.random.SeedSequence(list(key))).random_raw(n))
+
+
+def stable_order(values: np.ndarray) -> np.ndarray:
+    """A stable argsort, int64. Where there are no ties any argsort gives it, and numpy's default is 3 times as fast."""
+    order = np.argsort(values)
+    ascending = values[order]
+    if (ascending[1:] == ascending[:-1]).any():
+        order = np.argsort(values, kind="stable")
+    return order.astype(np.int64, copy=False)

@@ -20,7 +20,7 @@ from saeforge.evaluation.passes import SplicedModel, sees_the_future
 from saeforge.evaluation.reconstruction import CONVENTIONS, measure_reconstruction
 from saeforge.lm.device import resolve_device
 from saeforge.lm.load import MODEL_DTYPES
-from saeforge.lm.origin import origin_of
+from saeforge.lm.origin import Origin, origin_of
 from saeforge.metrics import Reconstruction
 from saeforge.sae import SAE, load
 
@@ -66,6 +66,7 @@ def evaluate(
     effect_tokens: int = EFFECT_TOKENS,
     batch_contexts: int | None = None,
     model: str | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     device: str = "auto",
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -83,6 +84,7 @@ def evaluate(
         effect_tokens: predictions to score (whole contexts, at least one).
         batch_contexts: contexts at a time; default: as many as fit. The result does not depend on it but for rounding.
         model: where the model is now, if it moved.
+        trust_remote_code: run Python code that comes with the model.
         seed: of the bootstrap.
         device: "auto", "cpu", "cuda", ...
         on_progress: called with (what, done, in all).
@@ -115,7 +117,8 @@ def evaluate(
     reason: str | None = "not asked for (effect: false)"
     if effect is not False:
         try:
-            spliced, texts = _open_effect(sae, root, source, split, budget=effect_tokens, model=model, device=place)
+            origin = origin_of(sae, model=model, trust_remote_code=trust_remote_code)
+            spliced, texts = _open_effect(sae, origin, root, source, split, budget=effect_tokens, device=place)
             found = measure_effect(
                 spliced,
                 sae,
@@ -169,7 +172,7 @@ def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[str, S
 
 
 def _open_effect(
-    sae: SAE, root: str, source: ShardSource, split: str, *, budget: int, model: str | None, device: str
+    sae: SAE, origin: Origin, root: str, source: ShardSource, split: str, *, budget: int, device: str
 ) -> tuple[SplicedModel, HeldOutTexts]:
     """Load the SAE's causal language model, and open the texts behind the activations.
 
@@ -177,7 +180,6 @@ def _open_effect(
         ConfigError: no such model, no causal one, no texts, or texts in another model's tokens.
         DatasetError: damaged texts.
     """
-    origin = origin_of(sae, model=model)
     manifest = source.manifest
     texts = HeldOutTexts(root, manifest, split, budget=budget)
     card = sae.meta["model"]

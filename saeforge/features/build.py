@@ -65,6 +65,7 @@ def build_features(
     texts: str | None = None,
     max_tokens: int | None = None,
     model: str | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -83,6 +84,7 @@ def build_features(
         texts: read text with the model instead: "demo", or what `saeforge harvest --text` takes.
         max_tokens: read at most so many tokens, in whole blocks or segments.
         model: where the model is now, if it moved.
+        trust_remote_code: run Python code that comes with the model.
         seed: of the samples.
         device: "auto", "cpu", "cuda", ... for the encoder and the model.
         overwrite: replace a store, or an unfinished build, that was made with other options.
@@ -100,7 +102,9 @@ def build_features(
     if not 0 <= seed < 1 << 64:
         raise ConfigError(f"seed = {seed}: expected 0 to 2^64 - 1")
     place = resolve_device(device)
-    source = _open_source(sae, data, split, texts, max_tokens, model, unit_rows, str(place))
+    source = _open_source(
+        sae, data, split, texts, max_tokens, model, unit_rows, str(place), trust_remote_code=trust_remote_code
+    )
     try:
         weights = run / "sae" / WEIGHTS_FILE if (run / "sae").is_dir() else run / WEIGHTS_FILE
         identity = {"sae": hash_file(weights), "seed": seed, "reach": REACH, **source.identity}
@@ -285,6 +289,8 @@ def _open_source(
     model: str | None,
     unit_rows: int,
     device: str,
+    *,
+    trust_remote_code: bool,
 ) -> RowSource:
     """Open what the features are read from.
 
@@ -294,13 +300,21 @@ def _open_source(
     if texts is not None:
         if data is not None or split != "all":
             raise ConfigError("--texts is read whole and in place of a dataset: leave out --data and --split")
-        return TextRows(texts, origin=origin_of(sae, model=model), max_tokens=max_tokens, device=device)
+        origin = origin_of(sae, model=model, trust_remote_code=trust_remote_code)
+        return TextRows(texts, origin=origin, max_tokens=max_tokens, device=device)
     path = data or sae.meta.get("dataset_path")
     if path is None:
         raise ConfigError("this SAE does not say which dataset it was trained on; give one with --data, or --texts")
     site = (sae.meta.get("site") or {}).get("id")
-    origin = origin_of(sae, model=model) if model or sae.meta.get("model") else None
-    source = ShardRows(str(path), site=site, split=split, max_tokens=max_tokens, unit_rows=unit_rows, origin=origin)
+    source = ShardRows(
+        str(path),
+        site=site,
+        split=split,
+        max_tokens=max_tokens,
+        unit_rows=unit_rows,
+        model=origin_of(sae, model=model).model if model or sae.meta.get("model") else None,
+        trust_remote_code=trust_remote_code,
+    )
     hashes = [card.get("files_sha256") for card in (sae.meta.get("model") or {}, source.dataset.manifest.model)]
     if None not in hashes and hashes[0] != hashes[1]:
         raise DatasetError(f"{path} holds activations of another model than the SAE's; give its own with --data")

@@ -138,14 +138,23 @@ class ShardRows(RowSource):
         split: "train", "validation" or "all".
         max_tokens: read at most so many rows, in whole blocks, at least one.
         unit_rows: rows of a unit, in whole blocks.
-        origin: where the model is now.
+        model: where the model is now; None: where the dataset says.
+        trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
         DatasetError: no provenance or tokens, damaged ones, or no such split.
     """
 
     def __init__(
-        self, path: str, *, site: str | None, split: str, max_tokens: int | None, unit_rows: int, origin: Origin | None
+        self,
+        path: str,
+        *,
+        site: str | None,
+        split: str,
+        max_tokens: int | None,
+        unit_rows: int,
+        model: str | None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.dataset = ActivationDataset.open(path, site=site)
         if split not in (*SPLITS, "all"):
@@ -156,8 +165,8 @@ class ShardRows(RowSource):
         packing = self.dataset.manifest.packing
         if not packing:
             raise DatasetError(
-                f"{path} does not say which tokens its rows belong to: it was not made by `saeforge harvest`; read "
-                "features from text instead, with --texts"
+                f"{path} has no tokens/, the texts of its rows, which only `saeforge harvest` stores; read features "
+                "from text instead, with --texts"
             )
         blocks: list[tuple[str, int]] = []
         rows = 0
@@ -184,8 +193,8 @@ class ShardRows(RowSource):
             DocumentRecord(r["id"], r["name"], r["label"], r["split"]) for r in stored.documents if r["split"] in splits
         ]
         manifest = self.dataset.manifest
-        name = origin.model if origin else str(manifest.model.get("name"))
-        self.tokenizer = load_tokenizer(name, manifest.model.get("revision"))
+        name = model or str(manifest.model.get("name"))
+        self.tokenizer = load_tokenizer(name, manifest.model.get("revision"), trust_remote_code=trust_remote_code)
         if tokenizer_card(self.tokenizer)["sha256"] != manifest.tokenizer.get("sha256"):
             raise DatasetError(
                 f"the tokenizer of {name!r} is not the one that {path} was harvested with; restore it, or give --model"
@@ -232,7 +241,7 @@ class TextRows(RowSource):
 
     def __init__(self, text: str, *, origin: Origin, max_tokens: int | None, device: str) -> None:
         documents = _open_documents(text)
-        self.tokenizer = load_tokenizer(origin.model, origin.revision)
+        self.tokenizer = origin.load_tokenizer()
         loaded = origin.load_base(device=device)
         specials = find_specials(self.tokenizer)
         length = choose_context_length(None, loaded.context_limit, self.tokenizer)

@@ -233,11 +233,16 @@ def check_device_map(device_map: DeviceMap) -> None:
 def load_error(name: str, what: str, error: BaseException) -> ConfigError:
     """Return the one line for a model that transformers cannot load; code that may not run is said to be the reason."""
     if "trust_remote_code" in str(error):
-        return ConfigError(
-            f"model {name!r} brings its own Python code, and none of it was run; read it, and if you trust it give "
-            "trust_remote_code: true (--trust_remote_code true)"
-        )
+        return own_code_error(name)
     return ConfigError(f"model {name!r}: {what}: {first_line(error)}")
+
+
+def own_code_error(name: str) -> ConfigError:
+    """Return the one line for a model that needs its own code and may not run it."""
+    return ConfigError(
+        f"model {name!r} brings its own Python code, and none of it was run; read it, and if you trust it give "
+        "trust_remote_code: true (--trust_remote_code true)"
+    )
 
 
 def read_config(name: str, folder: str, revision: str | None, trust_remote_code: bool = False) -> Any:

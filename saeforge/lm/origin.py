@@ -7,7 +7,7 @@ from typing import Any
 
 from saeforge.errors import ConfigError
 from saeforge.lm.causal import CausalLM, load_causal_lm
-from saeforge.lm.load import LoadedModel, load_model
+from saeforge.lm.load import LoadedModel, load_model, load_tokenizer, own_code_error
 from saeforge.lm.sites import Site
 from saeforge.sae import SAE
 
@@ -22,6 +22,8 @@ class Origin:
         site: the site that the SAE reads.
         target: the site that it writes, which is `site` but for a transcoder.
         files_sha256: of the model's files when the activations were harvested; None for a hub model.
+        remote_code: Python code that came with the model made the activations.
+        trust_remote_code: such code may run.
     """
 
     model: str
@@ -29,14 +31,25 @@ class Origin:
     site: Site
     target: Site
     files_sha256: str | None
+    remote_code: bool = False
+    trust_remote_code: bool = False
 
     def load_base(self, *, device: str = "cpu", dtype: str = "auto") -> LoadedModel:
         """Load the model without its head, as deep as the site.
 
         Raises:
-            ConfigError: it cannot be loaded, or its weights are not those that the SAE was trained on.
+            ConfigError: it cannot be loaded, its weights are not those that the SAE was trained on, or it needs its own
+                code and may not run it.
         """
-        loaded = load_model(self.model, [self.site.id], revision=self.revision, device=device, dtype=dtype)
+        self._check_trust()
+        loaded = load_model(
+            self.model,
+            [self.site.id],
+            revision=self.revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
         self._check(loaded.card)
         return loaded
 
@@ -46,9 +59,29 @@ class Origin:
         Raises:
             ConfigError: as `load_base`, or it is no causal language model.
         """
-        loaded = load_causal_lm(self.model, revision=self.revision, device=device, dtype=dtype)
+        self._check_trust()
+        loaded = load_causal_lm(
+            self.model,
+            revision=self.revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
         self._check(loaded.card)
         return loaded
+
+    def load_tokenizer(self) -> Any:
+        """Load the model's tokenizer.
+
+        Raises:
+            ConfigError: there is none, or it needs its own code and may not run it.
+        """
+        return load_tokenizer(self.model, self.revision, trust_remote_code=self.trust_remote_code)
+
+    def _check_trust(self) -> None:
+        """Without its code transformers would take its own architecture of that name, where it has one."""
+        if self.remote_code and not self.trust_remote_code:
+            raise own_code_error(self.model)
 
     def _check(self, card: dict[str, Any]) -> None:
         if self.files_sha256 is not None and card["files_sha256"] not in (None, self.files_sha256):
@@ -58,12 +91,13 @@ class Origin:
             )
 
 
-def origin_of(sae: SAE, *, model: str | None = None) -> Origin:
+def origin_of(sae: SAE, *, model: str | None = None, trust_remote_code: bool = False) -> Origin:
     """Return the model and site that an SAE says it was trained on.
 
     Args:
         sae: with the provenance that `saeforge fit` leaves.
         model: where the model is now, if it moved.
+        trust_remote_code: what is loaded may run Python code that comes with the model.
 
     Raises:
         ConfigError: the SAE does not say so: it was trained on activations of unknown origin.
@@ -78,5 +112,11 @@ def origin_of(sae: SAE, *, model: str | None = None) -> Origin:
     site = Site(record["module_path"], record["where"])
     target = sae.meta.get("target") or record
     return Origin(
-        name, card.get("revision"), site, Site(target["module_path"], target["where"]), card.get("files_sha256")
+        name,
+        card.get("revision"),
+        site,
+        Site(target["module_path"], target["where"]),
+        card.get("files_sha256"),
+        remote_code=bool(card.get("remote_code")),
+        trust_remote_code=trust_remote_code,
     )

@@ -46,6 +46,7 @@ def import_activations(
     validation_share: float = 0.1,
     shuffle: bool = True,
     seed: int = 0,
+    skip_token_ids: Sequence[int] = (),
     bucket_rows: int | None = None,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda text: None,
@@ -65,6 +66,7 @@ def import_activations(
         validation_share: share of the rows held out, in whole contexts, from 16 stripes spread over the sources.
         shuffle: False keeps the order of the rows.
         seed: of the shuffle.
+        skip_token_ids: leave out the rows of these tokens, for example BOS; counted in `text.skipped` of the manifest.
         bucket_rows: rows in memory at once, a power of two; None: 1 GiB of them, at most 1,048,576.
         overwrite: replace an import with other options, or of other files, in the same folder.
         note: receives remarks, for example that values are cast.
@@ -79,10 +81,16 @@ def import_activations(
         DatasetError: damaged sources, NaN or infinite values, too few rows.
         SaeforgeError: the disk is full.
     """
-    _check_options(dtype, validation_share, seed, bucket_rows)
+    skipped = sorted(set(skip_token_ids))
+    _check_options(dtype, validation_share, seed, bucket_rows, skipped)
     arrays = open_arrays(sources, key)
     stored = _stored_dtype(arrays, dtype, note)
-    units = Units(arrays, validation_share=validation_share, seed=seed, shuffle=shuffle)
+    units = Units(arrays, validation_share=validation_share, seed=seed, shuffle=shuffle, skip_tokens=skipped)
+    if skipped:
+        total = sum(array.rows for array in arrays)
+        note(
+            f"{units.skipped_rows:,} of {total:,} rows are left out: they are of tokens {', '.join(map(str, skipped))}"
+        )
     spec = _site_spec(site or _arrow_column(arrays) or "array:out", arrays[0].d, stored)
     kept = {split: units.kept_rows(split) for split in units.order}
     for split, rows in kept.items():
@@ -96,7 +104,7 @@ def import_activations(
     }
     bucket_rows = _bucket_rows(bucket_rows, plans, spec.row_bytes)
     table = _source_table(arrays, units)
-    identity = {
+    identity: dict[str, Any] = {
         "import": table,
         "site": dataclasses.asdict(spec),
         "model": model,
@@ -105,6 +113,8 @@ def import_activations(
         "seed": seed,
         "bucket_rows": bucket_rows,
     }
+    if skipped:  # not there without, so that imports begun before this option go on
+        identity["skip_token_ids"] = skipped
     root = Path(out)
     modified = {str(path): path.stat().st_mtime_ns for path in sorted({array.path for array in arrays})}
     plan = {
@@ -140,12 +150,13 @@ def import_activations(
             writer.write_bucket(split, bucket, {spec.id: x}, provenance)
             done += sizes[split, bucket]
         known = all(array.has_tokens for array in arrays)
+        left_out = {"skipped": {"token_ids": skipped, "rows": units.skipped_rows}} if skipped else {}
         # Without tokens nothing says that the rows of two imports are of the same text.
         aligned = {} if known else {"alignment_sha256": card["config_sha256"]}
         manifest = writer.finish(
             **aligned,
             model={"name": model} if model else {},
-            text={"source": "import", "sources": table, "token_ids": known},
+            text={"source": "import", "sources": table, "token_ids": known, **left_out},
             shuffle={"seed": seed, "bucket_rows": bucket_rows, "generator": "numpy-philox", "shuffled": shuffle},
         )
         write_json(root / CARD, {**card, "status": "finished"})
@@ -170,32 +181,39 @@ def _make_bucket(
     data = torch.empty(stop - start, site.d, dtype=DTYPES[site.dtype])
     provenance = np.zeros((stop - start, len(ROW_FIELDS)), dtype=np.uint32)
     done = 0
-    for number, first, last, kept, contexts in units.reads(split, start, stop):
+    for number, rows, kept, contexts in units.reads(split, start, stop):
         array, target = arrays[number], place[kept - start]
+        first, last = int(rows[0]), int(rows[-1]) + 1
         x = array.read(first, last).to(data.dtype)
+        if len(rows) < last - first:
+            x = x.index_select(0, torch.from_numpy(rows - first))
         if (bad := first_bad_row(x)) is not None:
             raise DatasetError(
-                f"{array.where}, row {first + bad}: NaN or infinite (as {site.dtype}); leave such rows out, or if the "
+                f"{array.where}, row {rows[bad]}: NaN or infinite (as {site.dtype}); leave such rows out, or if the "
                 "numbers are too large for this dtype, choose another --dtype"
             )
         data.index_copy_(0, torch.from_numpy(target), x)
         provenance[target, 0] = provenance[target, 3] = contexts
-        provenance[target, 1] = np.arange(first, last) - units.start[contexts]
+        provenance[target, 1] = rows - units.start[contexts]
         tokens = array.tokens(first, last)
         if tokens is not None:
-            provenance[target, 2] = tokens
-        done += last - first
+            provenance[target, 2] = tokens[rows - first]
+        done += len(rows)
         advance(done)
     return data, provenance
 
 
-def _check_options(dtype: str, validation_share: float, seed: int, bucket_rows: int | None) -> None:
+def _check_options(
+    dtype: str, validation_share: float, seed: int, bucket_rows: int | None, skipped: Sequence[int]
+) -> None:
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype = {dtype!r}: expected auto, {' or '.join(DTYPES)}")
     if not 0 <= validation_share < 1:
         raise ConfigError(f"validation_share = {validation_share}: expected 0 to less than 1")
     if seed < 0:
         raise ConfigError(f"seed = {seed}: expected 0 or a positive number")
+    if skipped and skipped[0] < 0:
+        raise ConfigError(f"skip_token_ids = {skipped[0]}: expected token ids, 0 or more")
     if bucket_rows is not None and (bucket_rows < 1 or bucket_rows & (bucket_rows - 1)):
         raise ConfigError(f"bucket_rows = {bucket_rows}: expected a power of two")
 

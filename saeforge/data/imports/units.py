@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from saeforge.data.imports.arrays import ForeignArray
+from saeforge.errors import ConfigError
 
 RUN_ROWS = 256
 STRIPES = 16
 READ_ROWS = 8192
+SCAN_ROWS = 2**20
 
 
 class Units:
@@ -21,20 +23,39 @@ class Units:
         arrays: the sources.
         validation_share: share of the units held out.
         seed: of the order. shuffle: False keeps the order of the sources.
+        skip_tokens: rows of these token ids are left out.
 
     Attributes:
-        array, start, rows: (units,) which array a unit is in, its first row there, and how many.
+        array, start, rows: (units,) which array a unit is in, its first row there, and how many are kept.
+        skipped_rows: left out, over all units.
         order: by split, its units in order.
         before: by split, (units + 1,) kept rows before each.
+
+    Raises:
+        ConfigError: tokens to skip, and an array does not say which tokens its rows are of.
     """
 
-    def __init__(self, arrays: Sequence[ForeignArray], *, validation_share: float, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        arrays: Sequence[ForeignArray],
+        *,
+        validation_share: float,
+        seed: int,
+        shuffle: bool,
+        skip_tokens: Sequence[int] = (),
+    ) -> None:
         lengths = np.array([array.context or RUN_ROWS for array in arrays], dtype=np.int64)
         totals = np.array([array.rows for array in arrays], dtype=np.int64)
         counts = -(-totals // lengths)
         self.array = np.repeat(np.arange(len(arrays)), counts)
         self.start = (np.arange(len(self.array)) - np.repeat(np.cumsum(counts) - counts, counts)) * lengths[self.array]
-        self.rows = np.minimum(lengths[self.array], totals[self.array] - self.start)
+        self._stop = np.minimum(self.start + lengths[self.array], totals[self.array])
+        self._skipped = [_rows_of(array, skip_tokens) for array in arrays]
+        self.rows = self._stop - self.start
+        for number, skipped in enumerate(self._skipped):
+            here = np.flatnonzero(self.array == number)
+            self.rows[here] -= np.diff(np.searchsorted(skipped, np.append(self.start[here], totals[number])))
+        self.skipped_rows = sum(map(len, self._skipped))
         held_out = _striped(len(self.array), validation_share)
         parts = {"train": ~held_out, "validation": held_out} if validation_share else {"train": ~held_out}
         self.order: dict[str, np.ndarray] = {}
@@ -52,33 +73,56 @@ class Units:
         """Rows of a split."""
         return int(self.before[split][-1])
 
-    def reads(self, split: str, start: int, stop: int) -> Iterator[tuple[int, int, int, np.ndarray, np.ndarray]]:
+    def reads(self, split: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
         """Yield what to read for kept rows start to stop of a split, in the order of the sources.
 
         Yields:
-            Array, first and last-plus-one row of it, and for each of these rows its kept number and its unit.
+            Array, ascending rows of it in a range worth reading at once, and of each its kept number and its unit.
         """
         order, before = self.order[split], self.before[split]
         first = int(np.searchsorted(before, start, side="right")) - 1
         last = int(np.searchsorted(before, stop, side="left"))
-        pending: list[tuple[int, int, int, int, int]] = []  # array, first row, last row, first kept row, unit
+        pending: list[tuple[int, np.ndarray, int]] = []  # unit, its rows that are wanted, the first one's kept number
 
-        def flush() -> tuple[int, int, int, np.ndarray, np.ndarray]:
-            kept = np.concatenate([np.arange(k, k + b - a) for _, a, b, k, _ in pending])
-            units = np.repeat([unit for *_, unit in pending], [b - a for _, a, b, _, _ in pending])
-            return pending[0][0], pending[0][1], pending[-1][2], kept, units
+        def flush() -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+            kept = np.concatenate([np.arange(low, low + len(rows)) for _, rows, low in pending])
+            units = np.repeat([unit for unit, *_ in pending], [len(rows) for _, rows, _ in pending])
+            return int(self.array[units[0]]), np.concatenate([rows for _, rows, _ in pending]), kept, units
 
         for at in first + np.argsort(order[first:last]):
             unit = int(order[at])
             low, high = max(start, int(before[at])), min(stop, int(before[at + 1]))
-            a = int(self.start[unit]) + low - int(before[at])
-            array = int(self.array[unit])
-            if pending and (pending[-1][:1] + pending[-1][2:3] != (array, a) or a - pending[0][1] >= READ_ROWS):
+            if low >= high:  # nothing of it is kept
+                continue
+            rows = self._kept(unit)[low - before[at] : high - before[at]]
+            beside = pending and unit == pending[-1][0] + 1 and self.array[unit] == self.array[unit - 1]
+            if pending and not (beside and rows[0] - pending[0][1][0] < READ_ROWS):
                 yield flush()
                 pending = []
-            pending.append((array, a, a + high - low, low, unit))
+            pending.append((unit, rows, low))
         if pending:
             yield flush()
+
+    def _kept(self, unit: int) -> np.ndarray:
+        """The rows of a unit that are not skipped, ascending."""
+        start, stop = int(self.start[unit]), int(self._stop[unit])
+        skipped = self._skipped[self.array[unit]]
+        here = skipped[slice(*np.searchsorted(skipped, (start, stop)))]
+        return np.delete(np.arange(start, stop), here - start)
+
+
+def _rows_of(array: ForeignArray, tokens: Sequence[int]) -> np.ndarray:
+    """The rows of an array that are of these tokens, ascending."""
+    found = [np.zeros(0, dtype=np.int64)]
+    if tokens and not array.has_tokens:
+        raise ConfigError(
+            f"{array.where} does not say which tokens its rows are of, so none can be skipped; leave out "
+            "--skip_token_ids"
+        )
+    for start in range(0, array.rows if tokens else 0, SCAN_ROWS):
+        ids = array.tokens(start, min(start + SCAN_ROWS, array.rows))
+        found.append(start + np.flatnonzero(np.isin(np.asarray(ids), tokens)))
+    return np.concatenate(found)
 
 
 def _striped(units: int, share: float) -> np.ndarray:

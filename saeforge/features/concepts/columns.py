@@ -17,7 +17,6 @@ from saeforge.errors import ConfigError
 from saeforge.features.concepts.documents import Comparison, LabelledTexts
 from saeforge.features.concepts.ranking import Entries, Ordered, Ranking
 from saeforge.lm.capture import Capture
-from saeforge.lm.load import load_tokenizer
 from saeforge.lm.origin import origin_of
 from saeforge.lm.read import cut_documents, read_activations
 from saeforge.lm.tokens import choose_context_length, find_specials
@@ -153,6 +152,7 @@ class Reader:
         texts: LabelledTexts,
         *,
         model: str | None = None,
+        trust_remote_code: bool = False,
         device: str = "cpu",
         context_length: int | None = None,
         batch_tokens: int = 8192,
@@ -163,6 +163,7 @@ class Reader:
             sae: says model and site.
             texts: documents.
             model: where the model is now, if it moved.
+            trust_remote_code: run Python code that comes with the model.
             device: torch device.
             context_length: longest context; None: as in a harvest, what the model allows, at most 512.
             batch_tokens: most tokens of a forward pass.
@@ -170,10 +171,10 @@ class Reader:
         Raises:
             ConfigError: the SAE does not say its model, the model is another now, or a document holds no token.
         """
-        origin = origin_of(sae, model=model)
+        origin = origin_of(sae, model=model, trust_remote_code=trust_remote_code)
         self.loaded = origin.load_base(device=device)
         self.origin, self.device, self.batch_tokens = origin, device, batch_tokens
-        tokenizer = load_tokenizer(origin.model, origin.revision)
+        tokenizer = origin.load_tokenizer()
         specials = find_specials(tokenizer)
         self.context_length = choose_context_length(context_length, self.loaded.context_limit, tokenizer)
         self.segments = cut_documents(texts.texts, tokenizer, specials, self.context_length)

@@ -166,6 +166,7 @@ def concept_table(
     seed: int = 0,
     shuffle_labels: int | None = None,
     model: str | None = None,
+    trust_remote_code: bool = False,
     context_length: int | None = None,
     device: str = "auto",
     on_progress: Progress | None = None,
@@ -185,6 +186,7 @@ def concept_table(
         seed: of splits, draws and resamples.
         shuffle_labels: shuffle the labels over the documents of each half with this seed; nothing is written then.
         model: where the model is now, if it moved.
+        trust_remote_code: run Python code that comes with the model, and with the control's.
         context_length: longest context in tokens; default: what the model allows, at most 512.
         device: "auto", "cpu", "cuda", ...
         on_progress: called with (what, contexts done, contexts in all).
@@ -214,7 +216,8 @@ def concept_table(
         documents = documents.shuffle(shuffle_labels)
     protocol = Protocol(documents, comparisons, choose_by, resamples, seed, on_progress)
 
-    reader = Reader(sae, documents, model=model, device=place, context_length=context_length)
+    settings: dict[str, Any] = dict(trust_remote_code=trust_remote_code, device=place, context_length=context_length)
+    reader = Reader(sae, documents, model=model, **settings)
     means, sample = _train_tokens(sae, reader, protocol)
     found = read_latents(sae, reader, protocol, "latents", means=means, sample=sample)
     judge = Judge(documents, reader.document, resamples=resamples, seed=seed)
@@ -222,7 +225,7 @@ def concept_table(
     baselines = judge_baselines(
         reader, judge, protocol, found.density, means=means, sample=sample, random_draws=random_draws, probe=probe
     )
-    controls = None if control_sae is None else _judge_control(control_sae.to(place), protocol, place, context_length)
+    controls = None if control_sae is None else _judge_control(control_sae.to(place), protocol, settings)
     concepts = []
     for i, comparison in enumerate(comparisons):
         row = Concept(
@@ -277,9 +280,9 @@ def _train_tokens(sae: SAE, reader: Reader, protocol: Protocol) -> tuple[LabelMe
     return LabelMeans(len(protocol.texts.labels), sae.d_in), sample
 
 
-def _judge_control(sae: SAE, protocol: Protocol, device: str, context_length: int | None) -> list[Score]:
+def _judge_control(sae: SAE, protocol: Protocol, settings: dict[str, Any]) -> list[Score]:
     """The best latent of each comparison of another SAE, on its own model."""
-    reader = Reader(sae, protocol.texts, device=device, context_length=context_length)
+    reader = Reader(sae, protocol.texts, **settings)
     means, sample = _train_tokens(sae, reader, protocol)
     found = read_latents(sae, reader, protocol, "control", means=means, sample=sample)
     judge = Judge(protocol.texts, reader.document, resamples=protocol.resamples, seed=protocol.seed)
