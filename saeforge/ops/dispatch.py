@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from saeforge.ops import dense, native, native_products, stock
+from saeforge.ops import dense, gpu, native, native_products, stock
 from saeforge.ops.code import SparseCode
 from saeforge.ops.wish import wish
 
@@ -30,7 +30,7 @@ def choose(code: SparseCode, *tensors: Tensor) -> ModuleType:
     asked = wish()
     if asked == "reference":
         return dense
-    kernels = _kernels(asked, *tensors)
+    kernels = _kernels(*tensors)
     if asked != "auto":
         return kernels
     table = min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize, default=torch.float32)
@@ -39,15 +39,9 @@ def choose(code: SparseCode, *tensors: Tensor) -> ModuleType:
     return dense if code.nnz > share * code.n_rows * code.d_sae else kernels
 
 
-def _kernels(asked: str, *tensors: Tensor) -> ModuleType:
+def _kernels(*tensors: Tensor) -> ModuleType:
     if native.takes(*tensors):
         return native_products
-    if asked in ("auto", "triton") and _triton_takes(asked, *tensors):
-        from saeforge.ops import triton_kernels
-
-        return triton_kernels
+    if gpu.takes(*tensors):
+        return gpu.kernels()
     return stock
-
-
-def _triton_takes(asked: str, *tensors: Tensor) -> bool:
-    return False
