@@ -61,7 +61,7 @@ def _kth_largest(keys, k, BF16: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "room"])
 def _candidates(pre, places, counts, n, k, room, TILE: tl.constexpr, BF16: tl.constexpr):
     """Lists the places of a row's entries that may be among its k largest, ascending; counts all, stores `room`."""
     row = tl.program_id(0).to(tl.int64)
@@ -101,7 +101,7 @@ def _take_k(pre, places, keys, inside, more, same, values, indices, k, floor, ne
     return more + tl.sum(larger, axis=0), same + tl.sum(equal, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "room"])
 def _choose(
     pre, places, counts, values, indices, n, k, room, ROOM: tl.constexpr, LISTED: tl.constexpr, BF16: tl.constexpr
 ):
