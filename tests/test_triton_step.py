@@ -224,3 +224,14 @@ def test_the_public_top_k_goes_through_the_kernels() -> None:
     values, indices = top_k(pre, 5)
     assert values.dtype == torch.float32
     assert torch.equal(indices, pre.topk(5).indices.sort(dim=1).values)
+
+
+def test_the_copy_is_rounded_to_the_nearest_with_ties_to_even() -> None:
+    odd = [1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 256, 3.4e38, 1e-40, 0.0, float("inf"), float("nan"), 1 + 1 / 255]
+    p = nn.Parameter(torch.tensor(odd, device=DEVICE))
+    made = shadow.of(p)
+    made.rounded.fill_(7)
+    p.grad = torch.zeros_like(p)
+    RowAdam([p]).step()
+    assert torch.equal(made.rounded.nan_to_num(5), p.detach().bfloat16().nan_to_num(5))
+    assert bool(made.rounded.isnan().any())
