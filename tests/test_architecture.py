@@ -39,6 +39,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "lightning_fabric": (),
     "transformers": ("saeforge.lm",),
     "wandb": ("saeforge.training",),
+    "triton": ("saeforge.ops.triton_kernels",),
 }
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 PLUGIN_CONTRACT = {"variants", "ops", "testing", "errors"}

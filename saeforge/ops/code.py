@@ -59,7 +59,10 @@ class SparseCode:
 
     def rows(self) -> Tensor:
         """(nnz,) int64: the row of each entry."""
-        if "rows" not in self._cache:
+        if "rows" not in self._cache and self.k is not None:
+            entries = torch.arange(self.nnz, device=self.offsets.device)
+            self._cache["rows"] = (torch.div(entries, self.k, rounding_mode="floor"),)
+        elif "rows" not in self._cache:
             counts = self.offsets.diff()
             ids = torch.arange(self.n_rows, device=self.offsets.device)
             self._cache["rows"] = (torch.repeat_interleave(ids, counts, output_size=self.nnz),)
@@ -75,7 +78,8 @@ class SparseCode:
             if indices.device.type == "cpu" and native.wanted():
                 self._cache["by_latent"] = native.by_latent(indices, self.offsets, self.d_sae)
             else:
-                order = torch.argsort(indices, stable=True)
+                # Half the passes of a radix sort. With a constant k nothing here waits for the device.
+                order = torch.argsort(indices.to(torch.int32), stable=True)
                 offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=indices.device)
                 torch.cumsum(self._sum_by_latent(torch.ones_like(indices)), 0, out=offsets[1:])
                 self._cache["by_latent"] = (order, self.rows()[order], offsets)

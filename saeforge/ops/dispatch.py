@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from saeforge.ops import dense, native, native_products, stock
+from saeforge.ops import dense, gpu, native, native_products, stock
 from saeforge.ops.code import SparseCode
 from saeforge.ops.wish import wish
 
@@ -36,22 +36,16 @@ def choose(code: SparseCode, dtype: torch.dtype, *tensors: Tensor) -> ModuleType
     asked = wish()
     if asked == "reference":
         return dense
-    kernels = _kernels(asked, *tensors)
+    kernels = _kernels(*tensors)
     share = BREAK_EVEN.get((code.indices.device.type, dtype), 1 / 20)
     if asked == "auto" and code.nnz > share * code.n_rows * code.d_sae:
         return dense
     return kernels
 
 
-def _kernels(asked: str, *tensors: Tensor) -> ModuleType:
+def _kernels(*tensors: Tensor) -> ModuleType:
     if native.takes(*tensors):
         return native_products
-    if asked in ("auto", "triton") and _triton_takes(asked, *tensors):
-        from saeforge.ops import triton_kernels
-
-        return triton_kernels
+    if gpu.takes(*tensors):
+        return gpu.kernels()
     return stock
-
-
-def _triton_takes(asked: str, *tensors: Tensor) -> bool:
-    return False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import native, screen, stock
+from saeforge.ops import gpu, native, screen, stock
 from saeforge.ops.code import SparseCode
 
 #: values (nnz,), indices (nnz,) ascending inside a row, counts (b,) of entries per row.
@@ -86,6 +86,9 @@ class Above(Selection):
         threshold = self._threshold(pre)
         if native.takes(pre, threshold):
             return native.above(pre, threshold)
+        if gpu.takes(pre, threshold):
+            found: Selected = gpu.kernels().above(pre, threshold)
+            return found
         return stock.above(pre, threshold)
 
     def screened(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Selected | None:
@@ -117,6 +120,9 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return pre, torch.arange(n, device=pre.device).expand(n_rows, n)
     if native.takes(pre):
         return native.top_k(pre, k)
+    if gpu.takes(pre) and k <= gpu.kernels().LARGEST_K:
+        found: tuple[Tensor, Tensor] = gpu.kernels().top_k(pre, k)
+        return found
     return stock.top_k(pre, k)
 
 

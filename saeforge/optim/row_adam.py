@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import native, shadow
+from saeforge.optim import by_native, by_triton
+from saeforge.optim.job import Job
 
 _CONSTRAINTS = (None, "unit_norm")
 # Without torch's wrapper: once any plain Adam exists it runs the step hooks, which `RowAdam.step` has run already.
 _adam_step = inspect.unwrap(torch.optim.Adam.step)
-
-
-class _Job(NamedTuple):
-    """One parameter of a step, as rows."""
-
-    parameter: Tensor
-    grad: Tensor
-    group: dict[str, Any]
-
-    @property
-    def constrained(self) -> bool:
-        return bool(self.group["constraint"] == "unit_norm")
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.detach().reshape(1, -1)
 
 
 class RowAdam(torch.optim.Adam):
@@ -44,8 +30,9 @@ class RowAdam(torch.optim.Adam):
     3. Adam;
     4. renormalise: rows of constrained groups go back to norm 1; and the weights' bfloat16 copies are written.
 
-    On the CPU that is two passes over memory, one for the norm and one for all the rest while a row is in the cache;
-    gradients are left as they are. Elsewhere they are separate operations, with torch's fused Adam.
+    That is two passes over memory, one for the norm and one for all the rest while a row is in the cache (CPU) or in
+    registers (GPU, without waiting for it); gradients are left as they are. Where neither's kernels work, and in
+    other types than fp32, they are separate operations, with torch's fused Adam.
 
     Args:
         params: parameters or groups; a group may carry `constraint: "unit_norm" | None`.
@@ -90,58 +77,20 @@ class RowAdam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         jobs = [
-            _Job(parameter, parameter.grad, group)
+            Job(parameter, parameter.grad, group)
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        if jobs and all(map(_native, jobs)):
-            self._fused_step(jobs)
+        if jobs and all(map(by_native.takes, jobs)):
+            by_native.step(jobs, self.state, self.max_grad_norm)
+        elif jobs and by_triton.takes(jobs):
+            by_triton.step(jobs, self.state, self.max_grad_norm)
         else:
             self._separate_steps(jobs)
         return loss
 
-    def _fused_step(self, jobs: list[_Job]) -> None:
-        """By the CPU kernels."""
-        total, dots = 0.0, []
-        for job in jobs:
-            if self.max_grad_norm is not None or job.constrained:
-                squares, along = native.row_norms(job.rows(job.grad), job.rows(job.parameter), job.constrained)
-                total += float(squares.sum())
-                dots.append(along)
-            else:
-                dots.append(None)
-        clip = 1.0
-        if self.max_grad_norm is not None:
-            # As torch.nn.utils.clip_grad_norm_; a norm that is NaN must not become a clip of 1.
-            clip = self.max_grad_norm / (total**0.5 + 1e-6)
-            clip = 1.0 if clip > 1 else clip
-        for job, along in zip(jobs, dots, strict=True):
-            parameter, group, state = job.parameter, job.group, self.state[job.parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            state["step"] += 1
-            count, (beta1, beta2) = float(state["step"]), group["betas"]
-            copy = shadow.to_update(parameter)
-            native.row_adam(
-                job.rows(parameter),
-                job.rows(job.grad),
-                job.rows(state["exp_avg"]),
-                job.rows(state["exp_avg_sq"]),
-                along,
-                clip=clip,
-                betas=(beta1, beta2),
-                eps=group["eps"],
-                step_size=group["lr"] / (1 - beta1**count),
-                root=(1 - beta2**count) ** 0.5,
-                rounded=None if copy is None else copy.parts(),
-            )
-            torch.autograd.graph.increment_version(parameter)
-            if copy is not None:
-                shadow.updated(parameter, copy)
-
-    def _separate_steps(self, jobs: list[_Job]) -> None:
+    def _separate_steps(self, jobs: list[Job]) -> None:
         """By torch's operations."""
         for job in jobs:
             if job.constrained:
@@ -152,11 +101,6 @@ class RowAdam(torch.optim.Adam):
         for job in jobs:
             if job.constrained:
                 unit_rows_(job.parameter)
-
-
-def _native(job: _Job) -> bool:
-    tensors = (job.parameter, job.grad)
-    return native.takes(*tensors) and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
 def project_rows_(grad: Tensor, rows: Tensor) -> None:
