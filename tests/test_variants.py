@@ -142,6 +142,8 @@ def test_auxk_of_the_dead_latents_equals_the_dense_oracle(n_dead: int, weighted:
     variant.tokens_since_fired[dead] = 50  # dead_after_tokens: exactly at the limit counts
     variant.tokens_since_fired[~dead] = 49
     assert torch.equal(variant.dead(), dead)
+    variant.list_dead()
+    assert torch.equal(variant.dead_latents(), dead.nonzero()[:, 0])
     x, weight = rows(ROWS), torch.rand(ROWS, dtype=F64) if weighted else None
     assert_equals_oracle(variant, Batch(x, x, weight), rtol=1e-10, dead=dead)
     aux = variant.step(Batch(x, x, weight), {}).terms["aux"].item()
@@ -156,6 +158,7 @@ def test_auxk_ties_go_to_the_lowest_dead_latent() -> None:
     with torch.no_grad():
         variant.W_enc[dead], variant.b_enc[dead] = variant.W_enc[5].clone(), 100.0  # all tie, and all would fire
     variant.tokens_since_fired[dead] = 10**6
+    variant.list_dead()
     x = rows(ROWS)
     assert_equals_oracle(variant, Batch(x, x), rtol=1e-10, dead=dead)
 
@@ -163,6 +166,7 @@ def test_auxk_ties_go_to_the_lowest_dead_latent() -> None:
 def test_auxk_of_a_perfect_reconstruction_or_a_single_row_is_zero_not_nan() -> None:
     variant = build(TopK, aux=0.5)
     variant.tokens_since_fired.fill_(10**6)
+    variant.list_dead()
     x = rows(1)
     assert variant.step(Batch(x, x), {}).terms["aux"].item() == 0
     variant.eval()
@@ -177,6 +181,7 @@ def test_auxk_trains_only_dead_rows_of_the_decoder_and_not_its_bias_through_the_
     variant = build(TopK, aux=0.5)
     assert isinstance(variant, TopK)
     variant.tokens_since_fired[:5] = 10**6
+    variant.list_dead()
     x = rows(ROWS)
     variant.step(Batch(x, x), {}).terms["aux"].backward()
     assert variant.W_dec.grad is not None
@@ -250,6 +255,7 @@ def test_the_mean_over_two_ranks_is_the_loss_and_gradient_of_the_whole_batch(
     def fresh() -> Variant:
         variant = build(cls, **options)
         variant.tokens_since_fired[::3] = 10**6
+        variant.list_dead()
         return variant
 
     def run(variant: Variant, part: slice, losses: list[Tensor]) -> None:

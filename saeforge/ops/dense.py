@@ -20,6 +20,8 @@ from saeforge.ops.code import SparseCode
 name = "dense"
 #: Tables may be in a lower precision than the values.
 mixed = True
+#: Rows are better read in the compute type, too.
+low_rows = True
 
 _CHUNK_ELEMENTS = 1 << 24
 

@@ -18,25 +18,29 @@ from saeforge.ops.wish import wish
 #: Share of active latents above which dense products win: a dense multiply-add costs that much less than a gathered
 #: one. CPU: measured, scripts/bench_step.py --break-even; CUDA: [speed 0.4], not measured yet.
 BREAK_EVEN = {
-    ("cpu", torch.float32): 1 / 9,
-    ("cpu", torch.bfloat16): 1 / 40,
+    ("cpu", torch.float32): 1 / 6,
+    ("cpu", torch.bfloat16): 1 / 10,
     ("cuda", torch.float32): 1 / 20,
     ("cuda", torch.bfloat16): 1 / 184,
 }
 
 
-def choose(code: SparseCode, *tensors: Tensor) -> ModuleType:
-    """The products for this code and these values, rows and tables: `dense`, `native_products`, `stock` or Triton's."""
+def choose(code: SparseCode, dtype: torch.dtype, *tensors: Tensor) -> ModuleType:
+    """The products for a code: `dense`, `native_products`, `stock` or Triton's.
+
+    Args:
+        code: whose share of active latents decides.
+        dtype: compute type.
+        tensors: values, rows, tables that will be multiplied.
+    """
     asked = wish()
     if asked == "reference":
         return dense
     kernels = _kernels(*tensors)
-    if asked != "auto":
-        return kernels
-    table = min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize, default=torch.float32)
-    device = code.indices.device.type
-    share = BREAK_EVEN.get((device, table), 1 / 20)
-    return dense if code.nnz > share * code.n_rows * code.d_sae else kernels
+    share = BREAK_EVEN.get((code.indices.device.type, dtype), 1 / 20)
+    if asked == "auto" and code.nnz > share * code.n_rows * code.d_sae:
+        return dense
+    return kernels
 
 
 def _kernels(*tensors: Tensor) -> ModuleType:

@@ -1,9 +1,9 @@
 """The sparse step: a dense encoder product, then only gathers over active latents, forward and backward.
 
-Every variant is written with three differentiable functions: `encode` (product, selection, pre-activations of the
-active latents), `decode`, and `pick` (a parameter per latent, where it is active). What lies between them (ReLU, a gate,
-a penalty) is ordinary autograd on vectors of nnz entries. Gradients are exact: outside the support every variant's
-gradient is zero [speed 2.6].
+Every variant is written with three differentiable functions: `encode` (product, selection, pre-activations of
+the active latents), `decode`, and `pick` (a parameter per latent, where it is active). What lies between (ReLU, a gate,
+a penalty) is ordinary autograd on vectors of nnz entries. Gradients are exact: outside the support every gradient is
+zero [speed 2.6].
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeforge.ops import screen, shadow
+from saeforge.ops import native, screen, shadow
 from saeforge.ops.code import SparseCode
 from saeforge.ops.dispatch import choose
+from saeforge.ops.native import pool
 from saeforge.ops.select import Selection
 
 #: Bytes of a chunk of pre-activations: stays in a last-level cache, and bounds memory. At least so many rows, below
@@ -49,13 +50,42 @@ def encode(
     Returns:
         A code whose values carry gradients to x, weight, bias and shift.
     """
+    return encode_beside(x, weight, bias, select, None, shift=shift, dtype=dtype)[0]
+
+
+def encode_beside(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    select: Selection,
+    latents: Tensor | None,
+    *,
+    shift: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[SparseCode, Tensor]:
+    """As `encode`, and beside the code all pre-activations of a few latents, as AuxK wants those of dead ones.
+
+    One function for both, since each weight then has one gradient: a second of its size would cost more than what is in
+    it.
+
+    Args:
+        latents: (n,) different latents, or None for none.
+
+    Returns:
+        The code; (B, n) pre-activations, differentiable like its values.
+    """
     cache: dict[str, tuple[Tensor, ...]] = {}
-    values, indices, offsets = _Encode.apply(x, weight, bias, shift, select, dtype, cache)
-    return SparseCode(values, indices, offsets, weight.shape[0], select.k, cache)
+    values, indices, offsets, pre = _Encode.apply(x, weight, bias, shift, select, latents, dtype, cache)
+    return SparseCode(values, indices, offsets, weight.shape[0], select.k, cache), pre
 
 
 def decode(
-    code: SparseCode, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+    code: SparseCode,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    frozen: bool = False,
 ) -> Tensor:
     """Sum of the active latents' decoder rows: (B, d_out), differentiable in values, weight and bias.
 
@@ -64,15 +94,44 @@ def decode(
         weight: (d_sae, d_out), one latent per row.
         bias: (d_out,) or None.
         dtype: torch.bfloat16 reads the rows rounded to bf16 and accumulates in fp32. None: the type of `weight`.
+        frozen: no gradient for weight and bias (a stop-gradient).
+    """
+    out = decode_beside(code, weight, None, None, dtype=dtype, frozen=frozen)[0]
+    return out if bias is None else out + (bias.detach() if frozen else bias)
+
+
+def decode_beside(
+    code: SparseCode,
+    weight: Tensor,
+    latents: Tensor | None,
+    values: Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
+    frozen: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `decode` without bias, and beside it the same of a few latents with dense values. See `encode_beside`.
+
+    Args:
+        latents: (n,) different latents, or None for none.
+        values: (B, n) theirs.
+
+    Returns:
+        (B, d_out) of the code; (B, d_out) of the few latents, differentiable in `values` and `weight`.
     """
     code = code.trimmed()
-    out: Tensor = _Decode.apply(code.values, weight, code, dtype)
-    return out if bias is None else out + bias
+    out, other = _Decode.apply(code.values, weight, code, latents, values, dtype, frozen)
+    return out, other
 
 
 def pick(vector: Tensor, code: SparseCode) -> Tensor:
     """`vector[latent]` for each entry of a code: (nnz,), differentiable in `vector` (d_sae,)."""
     out: Tensor = _Pick.apply(vector, code.indices[: code.nnz])
+    return out
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Norms (d_sae,) of the rows of a weight, differentiable; at a row of zeros the gradient is 0."""
+    out: Tensor = _RowNorms.apply(weight)
     return out
 
 
@@ -112,9 +171,10 @@ def _lowered(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
-def _on_gpu(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Rows as a gather reads them: in the compute type on a GPU, where gathers are bound by memory [speed 2.2]."""
-    return rows.to(dtype) if dtype is not None and rows.device.type == "cuda" else rows
+def _scatter_outer(code: SparseCode, values: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    ops = choose(code, dtype, values, rows)
+    out: Tensor = ops.scatter_outer(code, values, rows.to(dtype) if ops.low_rows else rows)
+    return out
 
 
 class _Encode(torch.autograd.Function):
@@ -126,9 +186,10 @@ class _Encode(torch.autograd.Function):
         bias: Tensor | None,
         shift: Tensor | None,
         select: Selection,
+        latents: Tensor | None,
         dtype: torch.dtype | None,
         cache: dict[str, tuple[Tensor, ...]],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shifted = x if shift is None else x - shift
         code = select_code(shifted, weight, bias, select, dtype).trimmed()
         ctx.save_for_backward(shifted, weight)
@@ -136,53 +197,82 @@ class _Encode(torch.autograd.Function):
         # alive until Python's collector happens to run. The cache is the caller's, so that one sort serves all.
         cache.update(code._cache)
         ctx.code = SparseCode(code.values.detach(), code.indices, code.offsets, code.d_sae, code.k, cache)
-        ctx.dtype = dtype
+        ctx.latents, ctx.dtype = latents, dtype or x.dtype
         ctx.mark_non_differentiable(code.indices, code.offsets)
-        return code.values, code.indices, code.offsets
+        if latents is None:
+            return code.values, code.indices, code.offsets, x.new_empty(len(x), 0)
+        rows = weight[latents].to(ctx.dtype)
+        few = None if bias is None else bias[latents].to(ctx.dtype)
+        return code.values, code.indices, code.offsets, F.linear(shifted.to(ctx.dtype), rows, few).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0].contiguous()
+        grad, grad_pre = grads[0].contiguous(), grads[3]
         shifted, weight = ctx.saved_tensors
         code: SparseCode = ctx.code
         need_x, need_weight, need_bias, need_shift = ctx.needs_input_grad[:4]
         grad_x = grad_weight = grad_bias = grad_shift = None
         if need_weight:
-            rows = _on_gpu(shifted, ctx.dtype)
-            grad_weight = choose(code, grad, rows).scatter_outer(code, grad, rows)
+            grad_weight = _scatter_outer(code, grad, shifted, ctx.dtype)
+            if ctx.latents is not None:
+                grad_weight.index_add_(0, ctx.latents, _product(grad_pre.T, shifted, ctx.dtype))
         if need_bias or need_shift:
             grad_bias = _sum_by_latent(grad, code.indices, code.d_sae)
+            if ctx.latents is not None:
+                grad_bias.index_add_(0, ctx.latents, grad_pre.sum(0))
         if need_shift and grad_bias is not None:
             # d/d shift = -sum_b dx_b = -(sum_b dvalue_b) @ weight: one mat-vec instead of a gather pass [speed 1.3].
             grad_shift = -(grad_bias @ weight)
         if need_x:
-            grad_x = choose(code, grad, weight).gather_sum(code, grad, weight)
-        return grad_x, grad_weight, grad_bias if need_bias else None, grad_shift, None, None, None
+            grad_x = choose(code, weight.dtype, grad, weight).gather_sum(code, grad, weight)
+            if ctx.latents is not None:
+                grad_x = grad_x + _product(grad_pre, weight[ctx.latents], ctx.dtype)
+        return grad_x, grad_weight, grad_bias if need_bias else None, grad_shift, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, code: SparseCode, dtype: torch.dtype | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        weight: Tensor,
+        code: SparseCode,
+        latents: Tensor | None,
+        others: Tensor | None,
+        dtype: torch.dtype | None,
+        frozen: bool,
+    ) -> tuple[Tensor, Tensor]:
         table = _lowered(weight, dtype or weight.dtype)
-        ops = choose(code, values, table)
+        ops = choose(code, table.dtype, values, table)
         table = table if ops.mixed else weight
-        ctx.save_for_backward(values, table, weight)  # the weight for autograd's check that it has not changed
-        ctx.code, ctx.dtype = code, dtype
+        # The weight itself for autograd's check that it has not changed since.
+        ctx.save_for_backward(values, table, weight, others)
+        ctx.code, ctx.latents, ctx.dtype, ctx.frozen = code, latents, dtype or weight.dtype, frozen
         out: Tensor = ops.gather_sum(code, values, table)
-        return out
+        if latents is None or others is None:
+            return out, out.new_empty(0)
+        return out, _product(others, weight[latents], ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0].contiguous()
-        values, table, _ = ctx.saved_tensors
+        grad, grad_other = grads[0].contiguous(), grads[1]
+        values, table, weight, others = ctx.saved_tensors
         code: SparseCode = ctx.code
-        grad_values = grad_weight = None
+        grad_values = grad_weight = grad_others = None
         if ctx.needs_input_grad[0]:
-            grad_values = choose(code, grad, table).row_dots(code, grad, table)
-        if ctx.needs_input_grad[1]:
-            rows = _on_gpu(grad, ctx.dtype)
-            grad_weight = choose(code, values, rows).scatter_outer(code, values, rows)
-        return grad_values, grad_weight, None, None
+            grad_values = choose(code, table.dtype, grad, table).row_dots(code, grad, table)
+        if ctx.needs_input_grad[1] and not ctx.frozen:
+            grad_weight = _scatter_outer(code, values, grad, ctx.dtype)
+            if others is not None:
+                grad_weight.index_add_(0, ctx.latents, _product(others.T, grad_other, ctx.dtype))
+        if others is not None and ctx.needs_input_grad[4]:
+            grad_others = _product(grad_other, weight[ctx.latents].T, ctx.dtype)
+        return grad_values, grad_weight, None, None, grad_others, None, None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in the compute type, in the type of `a`."""
+    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
 class _Pick(torch.autograd.Function):
@@ -196,6 +286,21 @@ class _Pick(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         return _sum_by_latent(grads[0].contiguous(), indices, ctx.n), None
+
+
+class _RowNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        norms: Tensor = weight.norm(dim=1)
+        ctx.save_for_backward(weight, norms)
+        return norms
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        weight, norms = ctx.saved_tensors
+        factor = torch.where(norms > 0, grads[0] / norms, 0.0)[:, None]
+        out: Tensor = pool.empty(*weight.shape) if native.takes(weight) else torch.empty_like(weight)
+        return torch.mul(weight, factor, out=out)
 
 
 def _sum_by_latent(entries: Tensor, indices: Tensor, n: int) -> Tensor:

@@ -10,6 +10,8 @@ from saeforge.ops.code import SparseCode
 name = "native"
 #: Tables may be in bfloat16; values, rows and results are fp32.
 mixed = True
+#: Rows are better read in the compute type, too.
+low_rows = False
 
 
 def gather_sum(code: SparseCode, values: Tensor, table: Tensor) -> Tensor:

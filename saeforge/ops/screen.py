@@ -29,7 +29,7 @@ SMALLEST = 1 << 20
 #: Rows much longer than the others would make the bounds of all the others loose.
 _LONGEST = 4.0
 #: Share of candidates above which computing them one by one costs more than an fp32 product.
-_MANY = 1 / 24
+_MANY = 1 / 10
 
 
 @functools.cache
@@ -78,9 +78,7 @@ def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tenso
     return native.screened_top_k(pre, margin, x, weight, bias, k)
 
 
-def above(
-    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def above(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """values (nnz,), indices (nnz,), counts (b,) of the entries of `x @ weight.T + bias` above the threshold."""
     pre, margin = product(x, weight, bias)
     candidates = native.screened_count(pre, margin, threshold)

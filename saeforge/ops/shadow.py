@@ -1,7 +1,7 @@
 """bfloat16 copies of weights that stay valid between steps.
 
-A weight in fp32 is read by every product of a bf16 step; casting it each time costs as much memory traffic as several of
-these products. Its copy is kept beside it, and the optimizer writes the new one while the row is in its registers.
+A weight in fp32 is read by every product of a bf16 step; casting it each time costs as much memory traffic as several
+of these products. Its copy is kept beside it, and the optimizer writes the new one while the row is in its registers.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def of(weight: Tensor) -> Shadow:
     """The shadow of a weight (n, d) fp32, made anew if the weight has changed since."""
     found: Shadow | None = None if weight.is_inference() else _shadows.get(weight)
     if found is None or found.rounded.shape != weight.shape or found.rounded.device != weight.device:
-        norms = [torch.empty(len(weight)) if native.takes(weight) else None for _ in range(2)]
-        found = Shadow(torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False), *norms)
+        rounded = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
+        here = native.takes(weight)
+        found = Shadow(rounded, torch.empty(len(weight)) if here else None, torch.empty(len(weight)) if here else None)
         if not weight.is_inference():
             _shadows[weight] = found
     if weight.is_inference() or found.made_of != _state(weight):

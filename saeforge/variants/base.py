@@ -24,6 +24,10 @@ from saeforge.ops import Group, SparseCode
 from saeforge.optim.row_adam import unit_rows_
 from saeforge.sae import SAE
 
+#: Steps between two listings of the dead latents, at most; fewer where so many are a tenth of the time after which a
+#: latent counts as dead.
+DEAD_LIST_STEPS = 20
+
 InputScale = Literal["rms", "sqrt_d", "none"]
 ScheduleValues = Mapping[str, float]
 
@@ -109,6 +113,11 @@ class Variant(nn.Module, ABC):
     target_scale: Tensor
     tokens_since_fired: Tensor
     firing_counts: Tensor
+    listed_as_dead: Tensor
+    steps_observed: Tensor
+    # The host's copies of the last two; None when they must be read from the device.
+    _steps: int | None
+    _dead: Tensor | None
     #: The constructor's arguments as given, defaults included: what a checkpoint is compared by.
     arguments: dict[str, Any]
 
@@ -138,6 +147,9 @@ class Variant(nn.Module, ABC):
         self.register_buffer("target_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
         self.register_buffer("firing_counts", torch.zeros(d_sae, dtype=torch.int64), persistent=False)
+        self.register_buffer("listed_as_dead", torch.zeros(d_sae, dtype=torch.bool))
+        self.register_buffer("steps_observed", torch.zeros((), dtype=torch.int64))
+        self._forget_lists()
 
     # What a variant says -----------------------------------------------------------------------------------------
 
@@ -227,6 +239,45 @@ class Variant(nn.Module, ABC):
         self.firing_counts += counts
         self.tokens_since_fired += code.n_rows * self.run.group.size
         self.tokens_since_fired.masked_fill_(counts > 0, 0)
+        self.steps_observed += 1
+        if self._steps is not None:
+            self._steps += 1
+        tenth = self.run.dead_after_tokens // (10 * max(1, code.n_rows * self.run.group.size))
+        if self.observed() % max(1, min(DEAD_LIST_STEPS, tenth)) == 0:
+            self.list_dead()
+
+    @final
+    def observed(self) -> int:
+        """Steps observed since the first one of the run; the host's own count, read from the device after a load."""
+        if self._steps is None:
+            self._steps = int(self.steps_observed)
+        return self._steps
+
+    @final
+    def list_dead(self) -> None:
+        """Renews what `dead_latents` returns; it happens by itself every few steps."""
+        self.listed_as_dead.copy_(self.dead())
+        self._dead = None
+
+    @final
+    def dead_latents(self) -> Tensor:
+        """(n,) latents that were dead when they were last listed, ascending.
+
+        How many they are decides shapes, so it must be read from the device; every step would stall a GPU, and a dead
+        window of millions of tokens does not notice a few steps.
+        """
+        if self._dead is None:
+            self._dead = self.listed_as_dead.nonzero(as_tuple=True)[0]
+        return self._dead
+
+    @final
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget_lists()
+
+    @final
+    def _forget_lists(self) -> None:
+        self._steps = self._dead = None
 
     @final
     def dead(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saeforge.data.batch import Batch
 from saeforge.errors import ConfigError
-from saeforge.ops import Above, decode, encode
+from saeforge.ops import Above, decode, encode, pick
 from saeforge.sae import SAE
 from saeforge.schedules import ramp
 from saeforge.variants.base import (
@@ -87,15 +87,15 @@ class Gated(Variant):
         x, target = self.scaled(batch)
         shift = self.b_dec if self.pre_bias else None
         # The product carries b_gate, so the support {pi + b_gate > 0} is one threshold; everything else lives on it.
-        gate = encode(x, self.W_gate, self.b_gate, Above(0.0), shift=shift, dtype=self.run.compute_dtype)
-        latents = gate.indices
+        dtype = self.run.compute_dtype
+        gate = encode(x, self.W_gate, self.b_gate, Above(0.0), shift=shift, dtype=dtype)
         # The indicator passes no gradient, so the magnitude path may read pi as it is. Its gradient does not reach
         # b_gate: pi = (pi + b_gate) - b_gate.
-        pi = gate.values - self.b_gate[latents]
-        magnitude = (self.r_mag.exp()[latents] * pi + self.b_mag[latents]).relu()
+        pi = gate.values - pick(self.b_gate, gate)
+        magnitude = (pick(self.r_mag.exp(), gate) * pi + pick(self.b_mag, gate)).relu()
         code = gate.with_values(magnitude)
-        squared_error = (target - decode(code, self.W_dec, self.b_dec)).square().sum(1)
-        through_gate = decode(gate, self.W_dec.detach(), self.b_dec.detach())
+        squared_error = (target - decode(code, self.W_dec, self.b_dec, dtype=dtype)).square().sum(1)
+        through_gate = decode(gate, self.W_dec, self.b_dec, dtype=dtype, frozen=True)
         terms = {
             "mse": self.mean_rows(squared_error, batch.weight),
             "l1": schedule["l1"] * self.mean_entries(gate.values, gate, batch.weight),

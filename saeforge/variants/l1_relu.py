@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saeforge.data.batch import Batch
 from saeforge.errors import ConfigError
-from saeforge.ops import Above, decode, encode
+from saeforge.ops import Above, decode, encode, pick, row_norms
 from saeforge.sae import SAE
 from saeforge.schedules import ramp
 from saeforge.variants.base import (
@@ -84,9 +84,11 @@ class L1ReLU(Variant):
     def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
         """Terms `mse` (summed over dimensions) and `l1`."""
         x, target = self.scaled(batch)
-        code = encode(x, self.W_enc, self.b_enc, Above(0.0), dtype=self.run.compute_dtype)
-        squared_error = (target - decode(code, self.W_dec, self.b_dec)).square().sum(1)
-        penalty = code.values * self.W_dec.norm(dim=1)[code.indices]
+        dtype = self.run.compute_dtype
+        code = encode(x, self.W_enc, self.b_enc, Above(0.0), dtype=dtype)
+        rebuilt = decode(code, self.W_dec, self.b_dec, dtype=dtype)
+        squared_error = (target - rebuilt).square().sum(1)
+        penalty = code.values * pick(row_norms(self.W_dec), code)
         terms = {
             "mse": self.mean_rows(squared_error, batch.weight),
             "l1": schedule["l1"] * self.mean_entries(penalty, code, batch.weight),

@@ -46,7 +46,7 @@ def load() -> ctypes.CDLL:
         BuildError: with the reason.
     """
     folder = Path(__file__).parent
-    compiler = next((path for name in _compilers() if (path := shutil.which(name))), None)
+    compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
     if compiler is None:
         raise BuildError(f"no C++ compiler ({', '.join(_compilers())}): install g++ or set CXX")
     digest = hashlib.sha256()
@@ -55,9 +55,10 @@ def load() -> ctypes.CDLL:
     openmp = _openmp()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest.update(" ".join([compiler, version, _processor(), *_FLAGS, *openmp]).encode())
-    path = _cache() / f"kernels-{digest.hexdigest()[:24]}.so"
-    if not path.is_file():
-        _compile([compiler, *_FLAGS, *(str(folder / name) for name in SOURCES), *openmp], path)
+    path = _intact(digest.hexdigest()[:24])
+    if path is None:
+        command = [compiler, *_FLAGS, *(str(folder / name) for name in SOURCES), *openmp]
+        path = _compile(command, digest.hexdigest()[:24])
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -90,16 +91,29 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags")))[:20_000]
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _intact(digest: str) -> Path | None:
+    """The library made before. Its name ends in a digest of its bytes: a damaged one would end the process."""
+    try:
+        found = [path for path in _cache().glob(f"kernels-{digest}-*.so") if path.name == _name(digest, path)]
+    except OSError:
+        return None
+    return found[0] if found else None
+
+
+def _name(digest: str, made: Path) -> str:
+    return f"kernels-{digest}-{hashlib.sha256(made.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _compile(command: list[str], digest: str) -> Path:
     log.info("compiling the CPU kernels (a few seconds, once): %s", " ".join(command))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
+        _cache().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+            made = Path(folder) / "kernels.so"
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False, timeout=300)
             if done.returncode:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
                 raise BuildError(f"the CPU kernels do not compile ({command[0]}: {first.strip()})")
-            made.replace(path)  # atomic: another process may be doing the same
+            return made.replace(_cache() / _name(digest, made))  # atomic: another process may be doing the same
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the CPU kernels could not be compiled ({error}): set SAEFORGE_CACHE to a folder") from error

@@ -13,6 +13,7 @@ __all__ = [
     "LONGEST_ROW",
     "above",
     "gather_sum",
+    "low_rows",
     "mixed",
     "name",
     "programs",
@@ -27,3 +28,5 @@ __all__ = [
 name = "triton"
 #: Tables may be in bfloat16; values and results are fp32.
 mixed = True
+#: Rows are read in the compute type: gathers are bound by memory.
+low_rows = True
