@@ -37,12 +37,7 @@ def scatter_outer(code: SparseCode, values: Tensor, rows: Tensor) -> Tensor:
     """(d_sae, d): as `dense.scatter_outer`."""
     order, sorted_rows, offsets = code.by_latent()
     return F.embedding_bag(
-        sorted_rows,
-        rows.to(values.dtype),
-        offsets,
-        mode="sum",
-        per_sample_weights=values[order],
-        include_last_offset=True,
+        sorted_rows, rows, offsets, mode="sum", per_sample_weights=values[order], include_last_offset=True
     )
 
 

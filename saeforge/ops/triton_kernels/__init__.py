@@ -28,5 +28,5 @@ __all__ = [
 name = "triton"
 #: Tables may be in bfloat16; values and results are fp32.
 mixed = True
-#: Rows are better read in the compute type, too: gathers are bound by memory [speed 2.2].
+#: Rows are read in the compute type: gathers are bound by memory.
 low_rows = True
