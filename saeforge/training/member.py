@@ -21,6 +21,7 @@ from saeforge.optim import RowAdam
 from saeforge.registry import VARIANTS
 from saeforge.sae import SAE
 from saeforge.schedules import rewarm, warmup_then_decay
+from saeforge.training.graph import GraphedStep
 from saeforge.training.readout import ReadOut
 from saeforge.variants import DataStatistics, Resampled, RunSettings, Variant
 
@@ -36,6 +37,7 @@ class Settings:
     lr_decay_share: float | None = None
     dead_after_tokens: int | None = None
     resample_steps: tuple[int, ...] | None = None
+    cuda_graph: bool = False
     seed: int = 0
 
 
@@ -71,6 +73,7 @@ class Member(nn.Module):
                 "reset_latents_; leave it out, or add that method to the variant"
             )
         self.variant, self.settings = variant, settings
+        self._variant_step = GraphedStep(variant) if settings.cuda_graph else variant.step
         self.readout = ReadOut()
         self.total_variance = float("nan")
         self.latest: dict[str, float] = {}
@@ -144,7 +147,7 @@ class Member(nn.Module):
         values = self.schedule_values(step)
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * values["lr_factor"]
-        out = self.variant.step(self.pair.batch(rows), values)
+        out = self._variant_step(self.pair.batch(rows), values)
         loss = torch.stack([term.float() for term in out.terms.values()]).sum()
         self.variant.observe(out.code)
         self.readout.add(loss, out)

@@ -41,6 +41,8 @@ class SAEModule(LightningModule):
             of the run.
         resample_steps: optimizer steps after which dead latents are resampled and the rate warms up again; for
             variants that offer it (gated).
+        cuda_graph: replay a step as one CUDA graph where that is possible (topk without dead latents on one GPU), which
+            spares small SAEs the launching of kernels; the log says where it is not.
         seed: of the initial weights; null is seed_everything.
     """
 
@@ -56,6 +58,7 @@ class SAEModule(LightningModule):
         lr_decay_share: float | None = None,
         dead_after_tokens: int | None = None,
         resample_steps: list[int] | None = None,
+        cuda_graph: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -67,6 +70,7 @@ class SAEModule(LightningModule):
             lr_decay_share=lr_decay_share,
             dead_after_tokens=dead_after_tokens,
             resample_steps=None if resample_steps is None else tuple(resample_steps),
+            cuda_graph=cuda_graph,
             seed=run_seed(seed),
         )
         widths = zip(*([d] if isinstance(d, int) else d for d in (d_in, d_out)), strict=True)

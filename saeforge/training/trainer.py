@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from saeforge.errors import CheckpointError, ConfigError
+from saeforge.ops.native import pool
 from saeforge.training.callbacks import ProgressBar, ProgressLines, Telemetry, ValidationTable
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
@@ -120,7 +121,10 @@ class SAETrainer(Trainer):
             raise CheckpointError(f"no checkpoint at {ckpt_path}; expected a file such as RUN/checkpoints/last.ckpt")
         if self.run_folder is not None:
             make_folder(self.run_folder.run)
-        super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        try:
+            super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        finally:
+            pool.release()
 
 
 def _as_list(value: Any) -> list[Any]:
