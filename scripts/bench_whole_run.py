@@ -3,7 +3,7 @@
     saeforge harvest --config configs/quickstart/harvest.yaml
     python scripts/bench_whole_run.py --data data/quickstart --out docs/benchmarks/DATE-whole-run-cpu
 
-A threshold variant starts with half of its latents active; until few are, products are dense in saeforge too. Both train
+A threshold variant starts with half of its latents active; until few are, products are dense here too. Both train
 from the same weights on the same batches with the same optimizer and end at about the same L0; they take turns of 25
 steps. The dense twin (bench_step_dense.py) makes (B, d_sae) matrices through plain autograd. Goal: at most half of its
 time. Writes OUT.md and OUT.json.

@@ -21,16 +21,20 @@ from saeforge.ops import (
     SparseCode,
     TopK,
     decode,
+    decode_beside,
     dense,
     encode,
+    encode_beside,
     engine,
     native_products,
+    pick,
+    row_norms,
     stock,
 )
 from saeforge.ops.dispatch import choose
 from saeforge.ops.select import top_k
 
-MODES = ["auto", "reference", "stock"]
+MODES = ["auto", "reference", "stock", "native"]
 F64 = torch.float64
 
 
@@ -341,3 +345,70 @@ def test_a_group_of_one_returns_detached_tensors() -> None:
     assert not group.mean(value).requires_grad
     assert group.agree(True)
     assert not group.agree(False)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    n_rows=st.integers(1, 9),
+    d_in=st.integers(1, 20),
+    d_sae=st.integers(1, 40),
+    k=st.one_of(st.none(), st.floats(0, 1)),  # None: a threshold, with ragged and empty rows
+    n_beside=st.integers(0, 5),
+    ties=st.booleans(),
+    low=st.booleans(),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 2**16),
+)
+def test_random_steps_have_the_gradients_of_float64_autograd(
+    n_rows: int,
+    d_in: int,
+    d_sae: int,
+    k: float | None,
+    n_beside: int,
+    ties: bool,
+    low: bool,
+    mode: str,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    select: Selection = Above(0.3) if k is None else TopK(min(d_sae, max(1, round(k * d_sae))))
+    leaves = {
+        name: torch.randint(-2, 3, shape).float() if ties else torch.randn(shape)
+        for name, shape in {"x": (n_rows, d_in), "w": (d_sae, d_in), "b": (d_sae,), "s": (d_in,)}.items()
+    }
+    leaves["dec"] = torch.randn(d_sae, 6)
+    beside = torch.randperm(d_sae)[:n_beside] if n_beside else None
+    weight = torch.randn(n_rows, 6)
+    dtype = torch.bfloat16 if low else None
+
+    t = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAEFORGE_OPS", mode)
+        code, pre = encode_beside(t["x"], t["w"], t["b"], select, beside, shift=t["s"], dtype=dtype)
+        others = None if beside is None else pre.relu()
+        out, other = decode_beside(code.with_values(code.values.relu()), t["dec"], beside, others, dtype=dtype)
+        loss = (out * weight).sum() + (pick(row_norms(t["dec"]), code) * code.values).sum()
+        loss = loss + (0.0 if beside is None else other.square().sum())
+        loss.backward()
+
+    exact = {name: value.double().requires_grad_() for name, value in leaves.items()}
+    all_pre = (exact["x"] - exact["s"]) @ exact["w"].T + exact["b"]
+    chosen = torch.zeros(n_rows, d_sae, dtype=torch.bool)
+    chosen[code.rows(), code.indices[: code.nnz]] = True
+    if ties and not low:  # integers: products are exact, and so is the choice
+        if k is None:
+            assert torch.equal(chosen, all_pre > 0.3)
+        else:
+            assert code_rows(code) == brute_top_k(all_pre.detach(), select.k or 0)
+    kept = torch.where(chosen, all_pre, 0.0)
+    total = ((kept.relu() @ exact["dec"]) * weight.double()).sum() + (kept * exact["dec"].norm(dim=1)).sum()
+    if beside is not None:
+        total = total + (all_pre[:, beside].relu() @ exact["dec"][beside]).square().sum()
+    total.backward()
+    tolerance = 0.06 if low else 2e-5
+    for name, leaf in exact.items():
+        assert leaf.grad is not None
+        found = t[name].grad
+        assert found is not None
+        scale = max(1.0, leaf.grad.abs().max().item(), float(leaf.grad.norm()))
+        torch.testing.assert_close(found.double(), leaf.grad, rtol=0, atol=tolerance * scale, msg=f"{name}, {mode}")

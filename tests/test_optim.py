@@ -40,15 +40,17 @@ def set_gradients(p: dict[str, nn.Parameter], step: int) -> None:
         p[name].grad = value.to(p[name].dtype)
 
 
+@pytest.mark.parametrize("mode", ["auto", "stock"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("max_grad_norm", [1.0, None])
-def test_200_steps_equal_project_clip_adam_renormalise_done_one_by_one(
-    max_grad_norm: float | None, dtype: torch.dtype
+def test_1000_steps_equal_project_clip_adam_renormalise_done_one_by_one(
+    max_grad_norm: float | None, dtype: torch.dtype, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SAEFORGE_OPS", mode)
     ours, theirs = parameters(dtype), parameters(torch.float64)
     optimizer = RowAdam(groups(ours), lr=1e-2, betas=(0.8, 0.99), eps=1e-6, max_grad_norm=max_grad_norm)
     adam = torch.optim.Adam(theirs.values(), lr=1e-2, betas=(0.8, 0.99), eps=1e-6, foreach=False, fused=False)
-    for step in range(200):
+    for step in range(1000):
         set_gradients(ours, step)
         optimizer.step()
         g = gradient(step)

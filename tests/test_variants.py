@@ -104,7 +104,7 @@ def assert_equals_oracle(variant: Variant, batch: Batch, *, rtol: float, dead: T
 # Loss terms and gradients -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["auto", "reference", "stock"])
+@pytest.mark.parametrize("mode", ["auto", "reference", "stock", "native"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_terms_and_every_gradient_equal_the_dense_oracle(
