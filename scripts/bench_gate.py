@@ -67,13 +67,14 @@ class Gate:
             seconds: list[float] = []
             self.losses.clear()
             reset_peak()
+            cpu = time.process_time()
             for _ in range(int(words[0])):
                 rows = self.rows(self._next * batch, batch)
                 self._next = (self._next + 1) % n_batches
                 start = time.perf_counter()
                 yield rows
                 seconds.append(time.perf_counter() - start)
-            answer = {"seconds": seconds, "peak_mib": memory("VmHWM") - self._base}
+            answer = {"seconds": seconds, "peak_mib": memory("VmHWM") - self._base, "cpu": time.process_time() - cpu}
             self._say({**answer, "losses": [float(loss) for loss in self.losses], **self.figures()})
 
     def _say(self, answer: dict[str, Any]) -> None:

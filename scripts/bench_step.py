@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def measure(setting: Setting, chosen: list[Contender], folder: Path, data: Path)
 
     Returns:
         `contenders`: by name, `seconds` (mean per step, one a round), `peak_mib`, `versions`, and what else each says.
-        `losses`: the first ones of ours and the dense twin, which take the same batches.
+        `others`: the share of all cores that was not ours while we measured, median and largest.
 
     Raises:
         SaeforgeError: a process that fails, or an L0 that has left the range in which it should be.
@@ -186,18 +186,19 @@ def measure(setting: Setting, chosen: list[Contender], folder: Path, data: Path)
             if len(workers) > 1:
                 workers[-2].ready()
         workers[-1].ready()
-        losses = {}
         for worker in workers:
-            own = worker.name.startswith(("ours", "dense"))
-            first = worker.run(setting.losses if own and setting.losses else setting.warmup)
-            if own:
-                losses[worker.name] = first["losses"]
+            worker.run(setting.warmup)
         answers: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
+        others: list[float] = []
         for number in range(setting.rounds):
             turn = number % len(workers)
             for worker in workers[turn:] + workers[:turn]:
                 time.sleep(PAUSE)
-                answers[worker.name].append(worker.run(setting.steps))
+                start, busy = time.perf_counter(), busy_seconds()
+                answer = worker.run(setting.steps)
+                free = (time.perf_counter() - start) * (os.cpu_count() or 1)
+                others.append(max(0.0, busy_seconds() - busy - answer["cpu"]) / free)
+                answers[worker.name].append(answer)
             print(f"round {number + 1} of {setting.rounds}", file=sys.stderr, flush=True)
         found = {worker.name: _summary(worker, answers[worker.name]) for worker in workers}
     finally:
@@ -206,7 +207,24 @@ def measure(setting: Setting, chosen: list[Contender], folder: Path, data: Path)
     for name, entry in found.items():
         if setting.variant != "topk" and "l0" in entry and not 0.75 <= entry["l0"] / setting.l0 <= 1.5:
             raise SaeforgeError(f"{name}: mean L0 {entry['l0']:.1f} has left {setting.l0:g}; raise n_batches?")
-    return {"contenders": found, "losses": losses}
+    return {"contenders": found, "others": [statistics.median(others), max(others)]}
+
+
+def first_losses(setting: Setting, chosen: list[Contender], folder: Path, data: Path) -> dict[str, list[float]]:
+    """The first losses of ours and of the dense twin in fp32, and of ours in bf16, as far as they are chosen.
+
+    All from the same start over the same batches, at the recipe's learning rate.
+    """
+    losses = {}
+    for contender in chosen:
+        if contender.name in ("ours, fp32", "dense twin, fp32", "ours, bf16") and setting.losses:
+            worker = Worker(replace(contender, job={**contender.job, "still": False}), setting, folder, data)
+            try:
+                worker.ready()
+                losses[contender.name] = worker.run(setting.losses)["losses"]
+            finally:
+                worker.close()
+    return losses
 
 
 def _summary(worker: Worker, answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -223,13 +241,21 @@ def _summary(worker: Worker, answers: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def busy_seconds() -> float:
+    """CPU seconds that all processes of the machine have used, and that its host has taken away."""
+    fields = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # idle, waiting for a disk
+
+
 def bench(setting: Setting, peers: dict[str, str], only: str, command: str) -> dict[str, Any]:
     """One table's worth of figures: see `measure`; with the setting, the machine and the command."""
     with tempfile.TemporaryDirectory(prefix="saeforge-bench-") as name:
         folder = Path(name)
         data = folder / "rows.bin"
         write_data(data, setting.batch * setting.n_batches, setting.d_in, setting.seed)
-        found = measure(setting, contenders(setting, peers, only), folder, data)
+        chosen = contenders(setting, peers, only)
+        losses = first_losses(setting, chosen, folder, data)
+        found = {"losses": losses, **measure(setting, chosen, folder, data)}
     return {"setting": asdict(setting), "machine": machine(), "command": command, **found}
 
 

@@ -160,7 +160,9 @@ def _notes(result: dict[str, Any]) -> list[str]:
     found_l0 = {name: entry["l0"] for name, entry in measured.items() if "l0" in entry}
     if result["setting"]["variant"] != "topk" and found_l0:
         notes.append("* Mean L0: " + ", ".join(f"{name} {value:.1f}" for name, value in found_l0.items()) + ".")
+    middle, most = result["others"]
     notes += [
+        f"* While we measured, other processes used {middle:.0%} of the machine's cores (median; at most {most:.0%}).",
         "* The dense twin is plain autograd over whole (batch, d_sae) matrices with our RowAdam; bf16 is autocast.",
         "* The encoder product is one F.linear of the same sizes, its weights already in the compute type.",
     ]

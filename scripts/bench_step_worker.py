@@ -39,13 +39,14 @@ def build(job: dict[str, Any], rows: Tensor) -> Member:
     """The SAE in training that a job asks for, started from data.
 
     Args:
-        job: `variant`, `precision`, `d_sae`, `k` (topk) or `l0` (the others), `seed`.
+        job: `variant`, `precision`, `d_sae`, `k` (topk) or `l0` (the others), `seed`; `still`: hardly let it learn,
+            the default where L0 is given.
         rows: (n, d_in) raw.
     """
     options = {"d_sae": job["d_sae"], **({"k": job["k"]} if job["variant"] == "topk" else {})}
     source = TensorSource(rows, validation_share=0.0)
     variant = VARIANTS.load(job["variant"])(job["d_in"], job["d_in"], **options)
-    settings = Settings(seed=job["seed"], lr=None if job["variant"] == "topk" else STILL_LR)
+    settings = Settings(seed=job["seed"], lr=STILL_LR if job.get("still", job["variant"] != "topk") else None)
     member = Member(variant, settings)
     run = RunSettings(100_000, 10_000_000, DTYPES[job["precision"]], Group())
     member.prepare(source.pairs[0], source.statistics, run)

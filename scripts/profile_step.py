@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -146,6 +147,8 @@ def main() -> int:
     parser.add_argument("--operators", type=int, default=25, help="rows of the second table")
     parser.add_argument("--trace", type=Path, help="also write a Chrome trace here")
     given = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:  # as bench_step.py measures; read when torch loads, so once more
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "passive"})
     options = {name: getattr(given, name) for name in asdict(Setting()) if hasattr(given, name)}
     setting = replace(Setting(), n_batches=16, **options)
     torch.set_num_threads(setting.threads)

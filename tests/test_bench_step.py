@@ -123,6 +123,7 @@ def test_ours_and_the_dense_twin_in_processes_of_their_own_have_equal_losses(tmp
         assert entry["l0"] == pytest.approx(4.0, abs=0.1)
         assert entry["dead"] == 0
     first, second = (result["losses"][name] for name in result["contenders"])
+    assert 0 <= result["others"][0] <= result["others"][1] <= 1.1
     assert len(first) == 5
     assert len(set(first)) == 5  # it trains, on different batches
     assert script("bench_step_report").loss_difference(first, second) <= 1e-6
@@ -171,6 +172,7 @@ def canned(variant: str = "topk", **seconds: list[float]) -> dict[str, Any]:
             for name, values in seconds.items()
         },
         "losses": {"ours, fp32": [1.0, 0.5], "dense twin, fp32": [1.0, 0.5004]},
+        "others": [0.015, 0.2],
     }
 
 
@@ -211,6 +213,7 @@ def test_the_report_says_figures_misses_and_unequal_losses() -> None:
     assert "| beside its dense twin, bf16 | at least 2.5 |  |  | not measured |" in text
     assert "NOT equal within 0.0001 relative (at most 8.0e-04)" in text
     assert "peer 1.0" in text
+    assert "used 2% of the machine's cores (median; at most 20%)" in text
 
 
 def test_the_fit_report_compares_runs_round_by_round() -> None:
