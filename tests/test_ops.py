@@ -16,6 +16,7 @@ from torch import Tensor
 from saeforge.errors import ConfigError
 from saeforge.ops import (
     Above,
+    BatchTopK,
     Group,
     Selection,
     SparseCode,
@@ -90,6 +91,53 @@ def test_top_k_takes_the_largest_and_among_equals_the_lowest_index(
 def test_many_tied_rows_in_a_wide_bf16_product_match_brute_force(dtype: torch.dtype) -> None:
     pre = (torch.randn(300, 200) * 4).round().to(dtype)
     assert top_k(pre, 20)[1].tolist() == brute_top_k(pre, 20)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n_rows=st.integers(0, 7),
+    n=st.integers(1, 24),
+    share=st.floats(0.02, 1),
+    levels=st.integers(1, 30),
+    lonely=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_batch_top_k_takes_the_largest_of_the_batch_and_among_equals_the_lowest_latent_then_row(
+    n_rows: int, n: int, share: float, levels: int, lonely: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pre = torch.randint(-levels, levels, (n_rows, n), generator=generator).double()
+    if lonely:
+        pre[:1] += 100  # one row has nearly all of the largest: more than it offers at first
+    k = share * n
+    code = encode(pre, torch.eye(n, dtype=F64), None, BatchTopK(k))
+    total = round(k * n_rows)
+    entries = sorted((-pre[row, latent].item(), latent, row) for row in range(n_rows) for latent in range(n))
+    expected = [[] for _ in range(n_rows)]  # type: list[list[int]]
+    for _, latent, row in entries[:total]:
+        expected[row].append(latent)
+    assert code_rows(code) == [sorted(row) for row in expected]
+    assert code.nnz == total
+
+
+def test_batch_top_k_remembers_how_many_offers_were_enough() -> None:
+    select, pre = BatchTopK(1), torch.zeros(64, 100)
+    pre[0] = 1.0  # 64 of the largest are in one row
+    weight, products = torch.eye(100), 0
+    linear = torch.nn.functional.linear
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal products
+        products += 1
+        return linear(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.F, "linear", counted)
+        for _ in range(2):
+            assert encode(pre, weight, None, select).l0().tolist() == [64] + [0] * 63
+    assert products == 6 + 1  # 4, 8, 16, 32 and 64 offers were all taken, then all 100 were enough
+    with pytest.raises(ConfigError, match="k = 101"):
+        encode(pre, weight, None, BatchTopK(101))
 
 
 def test_rows_of_one_value_keep_the_first_k_latents() -> None:

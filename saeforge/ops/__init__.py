@@ -1,16 +1,17 @@
 """Tensor functions on sparse codes: select, decode, and the sparse backward, for every variant.
 
 Public contract of plugins: `SparseCode`, `encode`, `decode`, `pick`, `row_norms`, `encode_beside`, `decode_beside`,
-`TopK`, `Above`, `Selection`, `Group`.
+`TopK`, `BatchTopK`, `Above`, `Selection`, `Group`.
 """
 
 from saeforge.ops.code import SparseCode
 from saeforge.ops.engine import decode, decode_beside, encode, encode_beside, pick, row_norms
 from saeforge.ops.group import Group
-from saeforge.ops.select import Above, Selection, TopK
+from saeforge.ops.select import Above, BatchTopK, Selection, TopK
 
 __all__ = [
     "Above",
+    "BatchTopK",
     "Group",
     "Selection",
     "SparseCode",

@@ -18,7 +18,7 @@ from saeforge.ops import native, screen, shadow
 from saeforge.ops.code import SparseCode
 from saeforge.ops.dispatch import choose
 from saeforge.ops.native import pool
-from saeforge.ops.select import Selection
+from saeforge.ops.select import Selected, Selection
 
 #: Bytes of a chunk of pre-activations: stays in a last-level cache, and bounds memory. At least so many rows, below
 #: which a product gets slower, unless they take more than so many bytes.
@@ -141,20 +141,27 @@ def select_code(
 ) -> SparseCode:
     """The forward of `encode` without a graph: product and selection in chunks of rows."""
     dtype = dtype or x.dtype
+    code = None
+    while code is None:
+        parts = _parts(x, weight, bias, select, dtype)
+        counts, values = torch.cat([part[2] for part in parts]), torch.cat([part[0] for part in parts])
+        offsets = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        indices, k = torch.cat([part[1] for part in parts]), select.k
+        code = select.finish(SparseCode(values.to(x.dtype), indices, offsets, weight.shape[0], k))
+    return code
+
+
+def _parts(x: Tensor, weight: Tensor, bias: Tensor | None, select: Selection, dtype: torch.dtype) -> list[Selected]:
+    """What is selected in each chunk of rows."""
     if dtype == x.dtype and screen.applies(x, weight):
-        parts = [select.screened(chunk, weight, bias) for chunk in x.split(_chunk_rows(x, weight, torch.bfloat16))]
-    else:
-        parts = [None]
-    if not parts or any(part is None for part in parts):
-        low, low_bias = _lowered(weight, dtype), None if bias is None else bias.to(dtype)
-        chunks = x.split(_chunk_rows(x, weight, dtype))
-        parts = [select.rows(F.linear(chunk.to(dtype), low, low_bias)) for chunk in chunks]
-    found = [part for part in parts if part is not None]
-    offsets = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum(torch.cat([part[2] for part in found]), 0, out=offsets[1:])
-    values = torch.cat([part[0] for part in found]).to(x.dtype)
-    code = SparseCode(values, torch.cat([part[1] for part in found]), offsets, weight.shape[0], select.k)
-    return select.finish(code)
+        chunks = x.split(_chunk_rows(x, weight, torch.bfloat16))
+        found = [part for chunk in chunks if (part := select.screened(chunk, weight, bias)) is not None]
+        if len(found) == len(chunks):
+            return found
+    low, low_bias = _lowered(weight, dtype), None if bias is None else bias.to(dtype)
+    chunks = x.split(_chunk_rows(x, weight, dtype))
+    return [select.rows(F.linear(chunk.to(dtype), low, low_bias)) for chunk in chunks]
 
 
 def _chunk_rows(x: Tensor, weight: Tensor, dtype: torch.dtype) -> int:

@@ -48,8 +48,15 @@ class Selection(ABC):
         """
         return None
 
-    def finish(self, code: SparseCode) -> SparseCode:
-        """A last choice over the whole batch (batch top-k); the default keeps every candidate."""
+    def finish(self, code: SparseCode) -> SparseCode | None:
+        """A last choice over the whole batch (batch top-k); the default keeps every candidate.
+
+        Args:
+            code: what was selected inside the chunks.
+
+        Returns:
+            The code; None if the chunks must be selected from again, since this selection now wants more of them.
+        """
         return code
 
 
@@ -99,6 +106,55 @@ class Above(Selection):
         """(1,) or (d_sae,), fp32 or wider."""
         wide = torch.promote_types(like.dtype, torch.float32)
         return torch.as_tensor(self.threshold, dtype=wide, device=like.device).detach().reshape(-1)
+
+
+class BatchTopK(Selection):
+    """The `k * B` largest pre-activations of a whole batch of B rows (Bussmann et al. 2024, arXiv 2412.06410).
+
+    Ties go to the lowest latent, then to the first row. Exact: each row offers its largest few; if one of them had all
+    its offers taken, all rows offer twice as many. Sorting B * d_sae values instead takes seconds on a CPU [speed 3].
+    One object serves many steps and remembers how many offers were enough.
+
+    Args:
+        k: mean number of entries of a row; `k * B` is rounded.
+    """
+
+    def __init__(self, k: float) -> None:
+        if k <= 0:
+            raise ConfigError(f"k = {k}: batch top-k needs a positive mean number of active latents per token")
+        self.mean = k
+        self._offers = max(1, round(4 * k))
+
+    def rows(self, pre: Tensor) -> Selected:
+        """The offers of each row; see `Selection.rows`."""
+        return TopK(min(self._offers, pre.shape[1])).rows(pre)
+
+    def screened(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Selected | None:
+        """See `Selection.screened`."""
+        return TopK(min(self._offers, len(weight))).screened(x, weight, bias)
+
+    def finish(self, code: SparseCode) -> SparseCode | None:
+        """The choice among all offers; None if a row might have had more to offer.
+
+        Raises:
+            ConfigError: more entries than there are.
+        """
+        offers = min(self._offers, code.d_sae)
+        total = round(self.mean * code.n_rows)
+        if total > code.n_rows * code.d_sae:
+            raise ConfigError(f"k = {self.mean} is larger than the {code.d_sae} latents to choose from; lower k")
+        order, _, _ = code.by_latent()
+        _, best = top_k(code.values[order][None], total) if total else (None, order.new_empty(1, 0))
+        taken = torch.zeros(code.nnz, dtype=torch.bool, device=order.device)
+        taken[order[best[0]]] = True
+        counts = taken.view(code.n_rows, offers).sum(1)
+        if offers < code.d_sae and bool((counts == offers).any()):
+            self._offers *= 2
+            return None
+        offsets = torch.zeros(code.n_rows + 1, dtype=torch.int64, device=order.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        chosen = taken.nonzero(as_tuple=True)[0]
+        return SparseCode(code.values[chosen], code.indices[chosen], offsets, code.d_sae)
 
 
 def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
