@@ -16,7 +16,7 @@ from saeforge.ops.code import SparseCode
 from saeforge.ops.wish import wish
 
 #: Share of active latents above which dense products win: a dense multiply-add costs that much less than a gathered
-#: one. CPU: measured, scripts/bench_step.py --break-even; CUDA: [speed 0.4], not measured yet.
+#: one. CPU: measured by scripts/bench_break_even.py; CUDA: [speed 0.4], not measured yet.
 BREAK_EVEN = {
     ("cpu", torch.float32): 1 / 6,
     ("cpu", torch.bfloat16): 1 / 10,
