@@ -5,7 +5,8 @@
 Writes a dataset of shards of the rows that bench_step.py uses. Then in rounds, one whole run of each after the other,
 in alternating order, each in a process of its own: `--run_steps` steps of the bare step, and of a fit: SAETrainer over
 ActivationData with a RUN folder, CSV logger, telemetry and checkpoints as they are by default. The first `--skip` steps
-of a run are not counted. No validation split is written: a run as short as this would validate out of all proportion.
+of a run are not counted. No validation split is written, and the ten checkpoints of a run are told apart: a run as
+short as this would validate and save out of all proportion.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ import datetime
 import functools
 import json
 import os
+import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_quality_judge import machine
-from bench_step import Contender, Setting, Worker, write_data
+from bench_step import Contender, Setting, Worker, busy_seconds, write_data
 from bench_step_report import milliseconds
 from lightning.pytorch import Callback
 
@@ -56,8 +59,13 @@ class Clock(Callback):
         self.ends.append(time.perf_counter())
 
 
-def timed(owner: type, name: str, spent: dict[str, float]) -> None:
-    """Adds up in `spent` the time inside a method."""
+#: By method: when each call ended, and how long it took.
+Spent = dict[str, list[tuple[float, float]]]
+
+
+def timed(owner: type, name: str, spent: Spent) -> None:
+    """Notes in `spent` every call of a method from now on."""
+    calls = spent.setdefault(name, [])
     method = getattr(owner, name)
 
     @functools.wraps(method)
@@ -66,16 +74,22 @@ def timed(owner: type, name: str, spent: dict[str, float]) -> None:
         try:
             return method(*args, **kwargs)
         finally:
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+            calls.append((time.perf_counter(), time.perf_counter() - start))
 
     setattr(owner, name, inner)
 
 
 def fit(job: dict[str, Any]) -> dict[str, Any]:
-    """One run of `saeforge fit`; returns seconds between the ends of counted steps, and what logging took of them."""
+    """One run of `saeforge fit`.
+
+    Returns:
+        Seconds a counted step: `seconds` without what checkpoints took, `with_checkpoints`, `logging` of them; the
+        `median_step`; seconds of one `checkpoint`.
+    """
     torch.set_num_threads(job["threads"])
-    spent: dict[str, float] = {}
+    spent: Spent = {}
     timed(Telemetry, "on_train_batch_end", spent)  # reads out, computes figures, hands them to the loggers
+    timed(SAETrainer, "save_checkpoint", spent)
     source = ShardSource(job["shards"])
     data = ActivationData.of(source, batch_size=job["batch"], tokens=job["batch"] * job["run_steps"], seed=job["seed"])
     options = {"d_sae": job["d_sae"], "k": job["k"]}
@@ -92,10 +106,17 @@ def fit(job: dict[str, Any]) -> dict[str, Any]:
     trainer.fit(module, data)
     counted = clock.ends[job["skip"] :]
     steps = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
+
+    def inside(name: str) -> list[float]:
+        return [took for end, took in spent[name] if counted[0] < end <= counted[-1]]
+
+    saving, number, whole = inside("save_checkpoint"), len(counted) - 1, counted[-1] - counted[0]
     return {
-        "seconds": (counted[-1] - counted[0]) / (len(counted) - 1),
+        "seconds": (whole - sum(saving)) / number,
+        "with_checkpoints": whole / number,
         "median_step": statistics.median(steps[job["skip"] :]),
-        "logging": spent["on_train_batch_end"] / len(clock.ends),
+        "logging": sum(inside("on_train_batch_end")) / number,
+        "checkpoint": statistics.fmean(saving) if saving else 0.0,
     }
 
 
@@ -123,9 +144,23 @@ def run_bare(setting: Setting, precision: str, steps: int, skip: int, folder: Pa
         worker.close()
 
 
+def others_share(measure: Callable[[], None]) -> float:
+    """Share of all cores that other processes used while our child processes ran inside `measure`."""
+
+    def own() -> float:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime
+
+    start, busy, cpu = time.perf_counter(), busy_seconds(), own()
+    measure()
+    free = (time.perf_counter() - start) * (os.cpu_count() or 1)
+    return min(1.0, max(0.0, busy_seconds() - busy - (own() - cpu)) / free)
+
+
 def bench(setting: Setting, run_steps: int, skip: int, precisions: list[str], command: str) -> dict[str, Any]:
     """All rounds: for each precision, `fit` (the answers of `fit`) and `bare` (seconds a step)."""
     found: dict[str, Any] = {name: {"fit": [], "bare": []} for name in precisions}
+    others: list[float] = []
     with tempfile.TemporaryDirectory(prefix="saeforge-bench-") as name:
         folder = Path(name)
         data = folder / "rows.bin"
@@ -145,7 +180,7 @@ def bench(setting: Setting, run_steps: int, skip: int, precisions: list[str], co
                     entry["bare"].append(run_bare(setting, precision, run_steps, skip, folder, data))
 
                 for one in (one_fit, one_bare) if number % 2 else (one_bare, one_fit):
-                    one()
+                    others.append(others_share(one))
             print(f"round {number + 1} of {setting.rounds}", file=sys.stderr, flush=True)
     return {
         "setting": asdict(setting),
@@ -154,6 +189,7 @@ def bench(setting: Setting, run_steps: int, skip: int, precisions: list[str], co
         "machine": machine(),
         "command": command,
         "precisions": found,
+        "others": [statistics.median(others), max(others)],
     }
 
 
@@ -169,7 +205,10 @@ def report(result: dict[str, Any]) -> str:
         f"{setting['threads']} threads;",
         f"{setting['rounds']} rounds of one run of {result['run_steps']} steps each, the first {result['skip']} not "
         "counted; fit reads bf16 shards,",
-        "logs to CSV every 50 steps and writes its checkpoints, as by default; no validation.",
+        "logs to CSV every 50 steps and writes ten checkpoints, as by default; their time is not in the table, since",
+        "a run of any length has ten; no validation. While we measured, other processes used "
+        f"{result['others'][0]:.0%} of the machine's",
+        f"cores (median; at most {result['others'][1]:.0%}).",
         f"Machine: {', '.join(host['cpu'])}, {host['cores']} cores, Python {host['python']}, "
         f"{', '.join(f'{name} {version}' for name, version in host['versions'].items())}.",
         "",
@@ -191,8 +230,11 @@ def report(result: dict[str, Any]) -> str:
         middle = statistics.median(answer["median_step"] for answer in entry["fit"])
         notes.append(
             f"* {precision}: reading out and logging takes {1000 * logging:.3f} ms a step, {logging / own:.2%} of it; "
-            f"the median step of fit is {milliseconds(middle)} ms."
+            f"the median step of fit is {milliseconds(middle)} ms;"
         )
+        saved = statistics.median(answer["checkpoint"] for answer in entry["fit"])
+        whole = statistics.median(answer["with_checkpoints"] for answer in entry["fit"])
+        notes.append(f"  a checkpoint takes {saved:.2f} s: with those of this run a step is {milliseconds(whole)} ms.")
     return "\n".join([*lines, "", *notes, ""])
 
 

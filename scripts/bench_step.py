@@ -197,7 +197,7 @@ def measure(setting: Setting, chosen: list[Contender], folder: Path, data: Path)
                 start, busy = time.perf_counter(), busy_seconds()
                 answer = worker.run(setting.steps)
                 free = (time.perf_counter() - start) * (os.cpu_count() or 1)
-                others.append(max(0.0, busy_seconds() - busy - answer["cpu"]) / free)
+                others.append(min(1.0, max(0.0, busy_seconds() - busy - answer["cpu"]) / free))
                 answers[worker.name].append(answer)
             print(f"round {number + 1} of {setting.rounds}", file=sys.stderr, flush=True)
         found = {worker.name: _summary(worker, answers[worker.name]) for worker in workers}
