@@ -93,14 +93,18 @@ def test_a_run_of_several_goes_on_to_the_bit(dataset: Path, tmp_path: Path) -> N
         assert all(torch.equal(tensor, parts.state_dict()[key]) for key, tensor in whole.state_dict().items())
 
 
+@pytest.mark.parametrize("what", ["one SAE", "no list of dead latents"])  # as checkpoints once were
 def test_a_checkpoint_of_an_earlier_saeforge_is_refused(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    what: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = arguments(dataset, tmp_path / "run", "--data.input=resid_post.0")
     assert main(args) == 0
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["saeforge"] = checkpoint["saeforge"]["members"][0]  # as it was when a run trained one SAE
+    if what == "one SAE":
+        checkpoint["saeforge"] = checkpoint["saeforge"]["members"][0]
+    else:
+        del checkpoint["state_dict"][next(k for k in checkpoint["state_dict"] if k.endswith("listed_as_dead"))]
     torch.save(checkpoint, path)
     assert main([*args, "--ckpt_path=last"]) == 2
     assert "is an earlier saeforge's" in capsys.readouterr().err

@@ -175,10 +175,9 @@ class SAEModule(LightningModule):
         saved = checkpoint.get("saeforge")
         if not isinstance(saved, dict):
             raise CheckpointError("this checkpoint was not written by saeforge; give one from RUN/checkpoints")
+        earlier = "this checkpoint is an earlier saeforge's; resume with that one, or start a new --run"
         if "members" not in saved:
-            raise CheckpointError(
-                "this checkpoint is an earlier saeforge's; resume with that one, or start a new --run"
-            )
+            raise CheckpointError(earlier)
         given = self.identity()
         if len(saved["members"]) != len(given["members"]):
             names = ", ".join(member["name"] for member in saved["members"])
@@ -194,6 +193,8 @@ class SAEModule(LightningModule):
                 f"the checkpoint was trained with other settings (accumulate_grad_batches: {before} -> {now}); "
                 "resume with the same ones, or start a new --run"
             )
+        if self.state_dict().keys() - checkpoint["state_dict"].keys():
+            raise CheckpointError(earlier)
 
 
 class SideBySide(torch.optim.Optimizer):
