@@ -17,7 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from saeforge.ops import SparseCode, dense, dispatch, native_products
+from saeforge.ops import SparseCode, dense, dispatch
+from saeforge.ops.native import products as native_products
 
 
 def median_ms(run: Callable[[], object], rounds: int) -> float:

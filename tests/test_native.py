@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import Above, SparseCode, TopK, dense, encode, native, native_products, screen, shadow, stock
+from saeforge.ops import Above, SparseCode, TopK, dense, encode, native, screen, shadow, stock
 from saeforge.ops.native import build, pool
+from saeforge.ops.native import products as native_products
 from saeforge.ops.select import top_k
 from saeforge.sae import SAE
 

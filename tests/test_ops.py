@@ -27,12 +27,12 @@ from saeforge.ops import (
     encode,
     encode_beside,
     engine,
-    native_products,
     pick,
     row_norms,
     stock,
 )
 from saeforge.ops.dispatch import choose
+from saeforge.ops.native import products as native_products
 from saeforge.ops.select import top_k
 
 MODES = ["auto", "reference", "stock", "native"]

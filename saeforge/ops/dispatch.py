@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from saeforge.ops import dense, gpu, native, native_products, stock
+from saeforge.ops import dense, gpu, native, stock
 from saeforge.ops.code import SparseCode
+from saeforge.ops.native import products as native_products
 from saeforge.ops.wish import wish
 
 #: Share of active latents above which dense products win: a dense multiply-add costs that much less than a gathered
@@ -26,7 +27,7 @@ BREAK_EVEN = {
 
 
 def choose(code: SparseCode, dtype: torch.dtype, *tensors: Tensor) -> ModuleType:
-    """The products for a code: `dense`, `native_products`, `stock` or Triton's.
+    """The products for a code: `dense`, `native.products`, `stock` or Triton's.
 
     Args:
         code: whose share of active latents decides.
