@@ -460,3 +460,14 @@ def test_random_steps_have_the_gradients_of_float64_autograd(
         assert found is not None
         scale = max(1.0, leaf.grad.abs().max().item(), float(leaf.grad.norm()))
         torch.testing.assert_close(found.double(), leaf.grad, rtol=0, atol=tolerance * scale, msg=f"{name}, {mode}")
+
+
+@pytest.mark.parametrize("d_sae", [1, 1000, 12_288, 131_072, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_of_pre_activations_is_bounded_at_a_million_latents(d_sae: int, dtype: torch.dtype) -> None:
+    x, weight = torch.empty(4096, 2), torch.empty(d_sae, 1)
+    rows = engine._chunk_rows(x, weight, dtype)
+    assert rows >= 1
+    assert rows * d_sae * dtype.itemsize <= 1 << 28
+    if d_sae <= 131_072:
+        assert rows >= 256  # fewer make the product slow
