@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 import weakref
 from collections.abc import Iterator
@@ -38,6 +39,12 @@ BATCH_RING = 3
 PATIENCE = 60.0
 
 log = logging.getLogger("saeforge.data")
+
+
+def reading_threads() -> int:
+    """How many threads read by default: two, on two cores one, since the other one gathers."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 if cores > 2 else 1
 
 
 @dataclass
@@ -233,7 +240,7 @@ class TrainLoader:
         total: batches of the whole run; passes repeat, each in another order.
         rank, world: this process's place; `plan.lanes` must be a multiple of `world`.
         device: where batches are gathered; None: the CPU.
-        threads: that read.
+        threads: that read; None: `reading_threads`.
         reuse: on the CPU, batches share memory: one is overwritten when the third after it is drawn.
 
     Raises:
@@ -249,14 +256,15 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
         device: torch.device | str | None = None,
-        threads: int = 2,
+        threads: int | None = None,
         reuse: bool = False,
     ) -> None:
         if plan.lanes % world:
             raise ConfigError(f"lanes = {plan.lanes} is not a multiple of {world} ranks; set data.lanes to one")
         self.source, self.plan, self.total = source, plan, total
         self.lanes = [lane for lane in range(plan.lanes) if lane % world == rank]
-        self.device, self.threads, self.reuse = torch.device(device or "cpu"), threads, reuse
+        self.device, self.reuse = torch.device(device or "cpu"), reuse
+        self.threads = reading_threads() if threads is None else threads
         self.position = 0
         self._stats = ReadStats()
         self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
