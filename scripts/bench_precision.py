@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench_quality_judge import judge, machine
+from bench_quality_judge import judge, machine, machine_line
 
 from saeforge.data.source import ShardSource
 from saeforge.training.data import ActivationData
@@ -64,7 +64,10 @@ def run(source: ShardSource, name: str, precision: str, seed: int, given: argpar
 
 def table(runs: list[dict[str, Any]]) -> tuple[list[str], bool]:
     """Rows of the report, and whether every variant meets the goal."""
-    lines, met = ["| variant | FVU fp32 | FVU bf16 | |ΔFVU| / FVU, mean | each seed | L0 fp32, bf16 | goal |"], True
+    lines, met = (
+        ["| variant | FVU fp32 | FVU bf16 | mean of abs(ΔFVU) / FVU | each seed | L0 fp32, bf16 | goal |"],
+        True,
+    )
     lines.append("|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(run["variant"] for run in runs):
         by = {(r["precision"], r["seed"]): r for r in runs if r["variant"] == name}
@@ -109,11 +112,11 @@ def main() -> None:
         "",
         f"{given.steps:,} steps of {given.batch:,} rows (d {source.widths[0]}), {given.d_sae:,} latents, lr 1e-3; both",
         "precisions from the same weights on the same rows; FVU of held-out documents.",
-        f"Machine: {', '.join(f'{key} {value}' for key, value in what.items())}.",
+        machine_line(),
         "",
         *lines,
         "",
-        f"Goal: mean |ΔFVU| at most {GOAL:.0%} relative for each variant: {'met' if met else 'missed'}.",
+        f"Goal: a mean change of FVU of at most {GOAL:.0%} for each variant: {'met' if met else 'missed'}.",
     ]
     print("\n".join(lines))
     given.out.with_suffix(".md").write_text("\n".join(text) + "\n")

@@ -137,3 +137,10 @@ def machine() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
     versions = {name: metadata.version(name) for name in ("saeforge", "torch", "lightning", "transformers", "numpy")}
     return {"cpu": names[:1], "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+
+
+def machine_line() -> str:
+    """The same in one line."""
+    host = machine()
+    versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
+    return f"Machine: {', '.join(host['cpu'])}, {host['cores']} cores, Python {host['python']}, {versions}."

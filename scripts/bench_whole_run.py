@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_quality_judge import machine
+from bench_quality_judge import machine, machine_line
 from bench_step_dense import dense_step
 from torch import Tensor
 
@@ -138,7 +138,7 @@ def main() -> None:
         "",
         f"{given.steps} steps of {given.batch:,} rows (d {source.widths[0]}), {given.d_sae:,} latents, from the",
         f"variant's initialisation; turns of {TURN} steps. Ratios above 1: ours takes less time.",
-        f"Machine: {what}.",
+        machine_line(),
         "",
         *lines,
         "",
