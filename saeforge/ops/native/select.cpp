@@ -60,15 +60,17 @@ void take_above(const T *pre, int64_t n_rows, int64_t n, const float *threshold,
         int64_t to = offsets[b];
         for (int64_t start = 0; start < n && to < offsets[b + 1]; start += block) {
             const int64_t stop = std::min(n, start + block);
-            int32_t any = 0;
-#pragma omp simd reduction(| : any)
-            for (int64_t i = start; i < stop; ++i) any |= !(float(row[i]) <= threshold[stride * i]);
-            if (!any) continue;
-            for (int64_t i = start; i < stop; ++i) {
+            int32_t found = 0;
+#pragma omp simd reduction(+ : found)
+            for (int64_t i = start; i < stop; ++i) found += !(float(row[i]) <= threshold[stride * i]);
+            if (!found) continue;
+            // Without a branch, which would be mispredicted for every other entry of a dense row: what is not above is
+            // overwritten by the next. One more place than entries is never written, since the row ends there.
+            for (int64_t i = start; i < stop && to < offsets[b + 1]; ++i) {
                 const float value = float(row[i]);
-                if (value <= threshold[stride * i]) continue;
                 values[to] = value;
-                indices[to++] = i;
+                indices[to] = i;
+                to += !(value <= threshold[stride * i]);
             }
         }
     }
