@@ -73,7 +73,7 @@ class Member(nn.Module):
                 "reset_latents_; leave it out, or add that method to the variant"
             )
         self.variant, self.settings = variant, settings
-        self._variant_step = GraphedStep(variant) if settings.cuda_graph else variant.step
+        self._graphed = GraphedStep(variant) if settings.cuda_graph else None
         self.readout = ReadOut()
         self.total_variance = float("nan")
         self.latest: dict[str, float] = {}
@@ -147,7 +147,7 @@ class Member(nn.Module):
         values = self.schedule_values(step)
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * values["lr_factor"]
-        out = self._variant_step(self.pair.batch(rows), values)
+        out = (self._graphed or self.variant.step)(self.pair.batch(rows), values)
         loss = torch.stack([term.float() for term in out.terms.values()]).sum()
         self.variant.observe(out.code)
         self.readout.add(loss, out)

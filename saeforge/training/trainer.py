@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import inspect
 import logging
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -125,6 +128,14 @@ class SAETrainer(Trainer):
             super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         finally:
             pool.release()
+        if dist.is_initialized():
+            _leave_at_exit()
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """Ends the process group before the interpreter: gloo's threads otherwise abort a rank at exit, now and then."""
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
 def _as_list(value: Any) -> list[Any]:
