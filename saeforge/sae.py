@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,17 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE = "sae.safetensors"
 META_FILE = "sae.json"
 
-Rule = Literal["threshold", "topk"]
+Rule = Literal["threshold", "topk", "plugin"]
+
+
+class Encoder(Protocol):
+    """What encodes where no product with a threshold or a top-k does: a variant that cannot fold, a torch module."""
+
+    d_in: int
+    arguments: dict[str, Any]
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """The latents of raw activations (n, d_in)."""
 
 
 class SAE(nn.Module):
@@ -36,15 +46,18 @@ class SAE(nn.Module):
     (plus `x @ W_skip.T` for a skip transcoder). Rules:
 
     * threshold: latent i is active with value `pre_i` where `pre_i > threshold_i` (ReLU: threshold 0);
-    * topk: the k largest pre-activations of a row, those that are positive; ties go to the lowest index.
+    * topk: the k largest pre-activations of a row, those that are positive; ties go to the lowest index;
+    * plugin: whatever `encoder` returns (signed, iterative, by neighbours). There is no W_enc and b_enc then, and the
+      package of the variant is needed to load it.
 
     Attributes:
         W_enc: (d_sae, d_in). b_enc: (d_sae,). W_dec: (d_sae, d_out). b_dec: (d_out,).
         threshold: (d_sae,), at least 0, or None. k: int or None. W_skip: (d_out, d_in) or None.
+        encoder: of rule plugin, else None.
         meta: provenance and metrics as plain JSON values.
     """
 
-    W_enc: Tensor
+    W_enc: Tensor  # not there under rule plugin
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
@@ -53,8 +66,8 @@ class SAE(nn.Module):
 
     def __init__(
         self,
-        W_enc: Tensor,
-        b_enc: Tensor,
+        W_enc: Tensor | None,
+        b_enc: Tensor | None,
         W_dec: Tensor,
         b_dec: Tensor,
         *,
@@ -62,6 +75,7 @@ class SAE(nn.Module):
         threshold: Tensor | None = None,
         k: int | None = None,
         W_skip: Tensor | None = None,
+        encoder: nn.Module | None = None,
         meta: dict[str, Any] | None = None,
     ) -> None:
         """Checks the shapes.
@@ -70,26 +84,30 @@ class SAE(nn.Module):
             ConfigError: shapes that do not fit, or a rule without its parameter.
         """
         super().__init__()
-        if W_enc.ndim != 2 or W_dec.ndim != 2:
-            raise ConfigError(f"W_enc has shape {tuple(W_enc.shape)} and W_dec {tuple(W_dec.shape)}, expected matrices")
-        d_sae, d_in = W_enc.shape
-        d_out = W_dec.shape[-1]
+        if rule not in ("threshold", "topk", "plugin"):
+            raise ConfigError(f"rule {rule!r}: expected 'threshold', 'topk' or 'plugin'")
+        needs = {"threshold": "threshold W_enc b_enc", "topk": "k W_enc b_enc", "plugin": "encoder"}[rule].split()
+        given = {"threshold": threshold, "k": k, "encoder": encoder, "W_enc": W_enc, "b_enc": b_enc}
+        if {name for name, value in given.items() if value is not None} != set(needs):
+            raise ConfigError(f"rule {rule!r} needs {', '.join(needs)} and nothing else")
+        if W_dec.ndim != 2 or (W_enc is not None and W_enc.ndim != 2):
+            shape = None if W_enc is None else tuple(W_enc.shape)
+            raise ConfigError(f"W_enc has shape {shape} and W_dec {tuple(W_dec.shape)}, expected matrices")
+        d_sae, d_out = W_dec.shape
+        self.d_in: int = W_enc.shape[1] if W_enc is not None else cast(Encoder, encoder).d_in
         expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "W_enc": (W_enc, (d_sae, self.d_in)),
             "b_enc": (b_enc, (d_sae,)),
             "W_dec": (W_dec, (d_sae, d_out)),
             "b_dec": (b_dec, (d_out,)),
             "threshold": (threshold, (d_sae,)),
-            "W_skip": (W_skip, (d_out, d_in)),
+            "W_skip": (W_skip, (d_out, self.d_in)),
         }
         for name, (tensor, shape) in expected.items():
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ConfigError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside W_enc {(d_sae, d_in)}"
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside W_dec {(d_sae, d_out)}"
                 )
-        if rule not in ("threshold", "topk"):
-            raise ConfigError(f"rule {rule!r}: expected 'threshold' or 'topk'")
-        if (rule == "threshold") != (threshold is not None) or (rule == "topk") != (k is not None):
-            raise ConfigError(f"rule {rule!r} needs {'threshold' if rule == 'threshold' else 'k'} and nothing else")
         if k is not None and not 1 <= k <= d_sae:
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
         if threshold is not None and bool((threshold < 0).any()):
@@ -99,13 +117,10 @@ class SAE(nn.Module):
         self.rule: Rule = rule
         self.k = k
         self.meta: dict[str, Any] = dict(meta or {})
-        for name, tensor in [("W_enc", W_enc), *((key, pair[0]) for key, pair in expected.items())]:
-            self.register_buffer(name, None if tensor is None else tensor.detach().clone().contiguous())
-
-    @property
-    def d_in(self) -> int:
-        """Width of the input."""
-        return self.W_enc.shape[1]
+        self.encoder = encoder
+        for name, (tensor, _) in expected.items():
+            if tensor is not None or name in ("threshold", "W_skip"):
+                self.register_buffer(name, None if tensor is None else tensor.detach().clone().contiguous())
 
     @property
     def d_out(self) -> int:
@@ -115,12 +130,12 @@ class SAE(nn.Module):
     @property
     def d_sae(self) -> int:
         """Number of latents."""
-        return self.W_enc.shape[0]
+        return self.W_dec.shape[0]
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.W_enc.device
+        return self.W_dec.device
 
     def encode(self, x: Tensor) -> SparseCode:
         """The active latents of raw activations.
@@ -138,7 +153,10 @@ class SAE(nn.Module):
             raise ConfigError(
                 f"activations are {x.shape[-1]} wide, this SAE reads {self.d_in}; check the model and site"
             )
-        rows = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        rows = x.reshape(-1, self.d_in).to(self.W_dec.dtype)
+        if self.encoder is not None:
+            with torch.no_grad():
+                return cast(Encoder, self.encoder).encode(rows)
         if self.rule == "topk" and self.k is not None:
             code = select_code(rows, self.W_enc, self.b_enc, TopK(self.k), None)
             return code.with_values(code.values.relu())
@@ -191,6 +209,10 @@ class SAE(nn.Module):
             "d_sae": self.d_sae,
             "vectors_sha256": _vectors_sha256(tensors),
         }
+        if self.encoder is not None:
+            from saeforge import own_encoder  # finds plugins, which a folded SAE has no use for
+
+            structure["encoder"] = own_encoder.describe(self.encoder, cast(Encoder, self.encoder).arguments)
         provenance = {key: value for key, value in self.meta.items() if key not in structure}
         text = json.dumps({**structure, **provenance}, indent=2) + "\n"  # before anything is written: it may fail
         try:
@@ -230,7 +252,8 @@ class SAE(nn.Module):
             raise CheckpointError(
                 f"{folder} has SAE format {version}, this saeforge reads up to {FORMAT_VERSION}; upgrade it"
             )
-        missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
+        own = meta.get("rule") == "plugin"
+        missing = {"W_dec", "b_dec", *(() if own else ("W_enc", "b_enc"))} - tensors.keys()
         if missing:
             raise CheckpointError(f"{weights} lacks {', '.join(sorted(missing))}; save or copy the SAE again")
         structure = ("format", "version", "rule", "k", "d_in", "d_out", "d_sae", "vectors_sha256")
@@ -241,15 +264,16 @@ class SAE(nn.Module):
             )
         try:
             sae = cls(
-                tensors["W_enc"],
-                tensors["b_enc"],
+                tensors.get("W_enc"),
+                tensors.get("b_enc"),
                 tensors["W_dec"],
                 tensors["b_dec"],
                 rule=meta["rule"],
                 k=meta["k"],
                 threshold=tensors.get("threshold"),
                 W_skip=tensors.get("W_skip"),
-                meta={key: value for key, value in meta.items() if key not in structure},
+                encoder=_rebuilt(folder, meta, tensors) if own else None,
+                meta={key: value for key, value in meta.items() if key not in (*structure, "encoder")},
             )
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"the SAE in {folder} is damaged ({error}); save or copy it again") from error
@@ -284,6 +308,12 @@ def load(run: str | Path, *, device: str | torch.device = "cpu") -> SAE:
             f"{run} has no finished SAE yet; go on with `saeforge fit --config {run}/config.yaml --ckpt_path last`"
         )
     return SAE.load(run, device=device)
+
+
+def _rebuilt(folder: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    from saeforge import own_encoder  # see `save`
+
+    return own_encoder.rebuild(folder, meta, tensors)
 
 
 def _vectors_sha256(tensors: dict[str, Tensor]) -> str:

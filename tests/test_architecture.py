@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[set[str]] = [
     {"errors"},
     {"registry", "schedules", "demo"},
-    {"ops", "data"},
+    {"ops", "data", "own_encoder"},
     {"sae", "optim", "metrics"},
     {"variants", "formats", "lm"},
     {"harvest", "evaluation", "features"},

@@ -110,7 +110,7 @@ def test_statistics_are_those_of_the_training_rows_alone(paired: bool) -> None:
         assert stats.mean_square_norm == pytest.approx((norms**2).mean(), rel=1e-10)
         assert stats.max_norm == pytest.approx(norms.max(), rel=1e-10)
     assert source.widths == ((D, 2) if paired else (D,))
-    assert (source.pairs[0].input, source.pairs[0].target) == (0, int(paired))
+    assert (source.pairs[0].inputs, source.pairs[0].targets) == ((0,), (int(paired),))
 
 
 def test_the_fingerprint_changes_with_any_value_shape_type_or_target() -> None:

@@ -74,8 +74,8 @@ def oracle_terms(
             target,
             k=variant.k,
             mse_of_mean=variant.mse_of_mean.item(),
-            aux=variant.aux,
-            k_aux=variant.k_aux,
+            aux=variant.auxk.coefficient,
+            k_aux=variant.auxk.k,
             dead=torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead,
             pre_bias=variant.pre_bias,
             weight=weight,
@@ -469,7 +469,7 @@ def test_k_aux_defaults_to_the_power_of_two_near_half_the_width() -> None:
     found = {}
     for d in widths:
         variant = TopK(d, d, d_sae=8, k=1)
-        found[d] = variant.k_aux
+        found[d] = variant.auxk.k
     assert found == widths
 
 

@@ -6,6 +6,8 @@ buckets loses nothing to cancellation. Pure numpy: no torch here.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +40,20 @@ class Statistics:
     mean_square_norm: float
     max_norm: float
     norm_histogram: list[list[int]] | None = None
+
+    @classmethod
+    def beside(cls, parts: Sequence[Statistics]) -> Statistics:
+        """Of rows that stand side by side; norms of the joined rows are bounded only: `mean_norm` is NaN."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            count=parts[0].count,
+            mean=[value for part in parts for value in part.mean],
+            variance=[value for part in parts for value in part.variance],
+            mean_norm=math.nan,
+            mean_square_norm=sum(part.mean_square_norm for part in parts),
+            max_norm=math.sqrt(sum(part.max_norm**2 for part in parts)),
+        )
 
     @property
     def median_norm(self) -> float | None:

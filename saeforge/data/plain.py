@@ -87,7 +87,7 @@ class PlainTarSource:
         self.statistics: tuple[Statistics, ...] = (self._statistics(),)
         # Evaluation and features open "dataset_path" as a dataset, which this is not: they ask for one by name.
         identity = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
-        self.pairs: tuple[Pair, ...] = (Pair("", 0, 0, identity),)
+        self.pairs: tuple[Pair, ...] = (Pair("", (0,), (0,), identity),)
         warnings.warn(
             f"{names[0]}: plain tars without a manifest have no checksums, and a run resumes exactly only while the "
             "files stay the same; to have both, convert them with `saeforge data import`",

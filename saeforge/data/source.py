@@ -33,19 +33,46 @@ class Pair:
 
     Attributes:
         name: of the SAE among those that train together; "" where there is one.
-        input: number of the tensor that it reads.
-        target: number of the tensor that it reconstructs; the same one for an SAE, another for a transcoder.
+        inputs: numbers of the tensors that it reads, side by side: one, or several for a crosscoder.
+        targets: numbers of those that it reconstructs; the same ones for an SAE, others for a transcoder.
         identity: where the rows come from (model, site, target, dataset), as plain JSON values.
+        unit: neighbouring rows that belong together (`BlockSource.unit`).
     """
 
     name: str
-    input: int
-    target: int
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
     identity: dict[str, Any]
+    unit: int = 1
 
     def batch(self, rows: Rows) -> Batch:
-        """The batch of this SAE; `target` is the same tensor as `x` where the numbers are equal."""
-        return Batch(rows[self.input], rows[self.target])
+        """The batch of this SAE; `target` is the same tensor as `x` where it reconstructs its input."""
+        x = _beside([rows[number] for number in self.inputs])
+        target = x if self.targets == self.inputs else _beside([rows[number] for number in self.targets])
+        if self.unit == 1:
+            return Batch(x, target)
+        return Batch(x, target, group=torch.arange(len(x), device=x.device) // self.unit)
+
+    def widths(self, source: BlockSource) -> tuple[int, int]:
+        """d_in and d_out."""
+        d_in, d_out = (sum(source.widths[number] for number in numbers) for numbers in (self.inputs, self.targets))
+        return d_in, d_out
+
+    def statistics(self, source: BlockSource) -> tuple[Statistics, Statistics]:
+        """Of the input and of the target."""
+        x, target = (
+            Statistics.beside([source.statistics[number] for number in numbers])
+            for numbers in (self.inputs, self.targets)
+        )
+        return x, target
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    """(rows, sum of widths); a single part is itself."""
+    if len(parts) == 1:
+        return parts[0]
+    dtype = parts[0].dtype if all(part.dtype == parts[0].dtype for part in parts) else torch.float32
+    return torch.cat([part.to(dtype) for part in parts], dim=1)
 
 
 class BlockSource(Protocol):
@@ -141,11 +168,13 @@ class ShardSource:
 
         if sites:
             self.pairs = tuple(
-                Pair(short_name(dataset.site) if len(named) > 1 else "", i, i, identity(site, None))
+                Pair(short_name(dataset.site) if len(named) > 1 else "", (i,), (i,), identity(site, None), self.unit)
                 for i, (dataset, site) in enumerate(zip(self.datasets, named, strict=True))
             )
         else:
-            self.pairs = (Pair("", 0, len(named) - 1, identity(named[0], named[1] if target else None)),)
+            self.pairs = (
+                Pair("", (0,), (len(named) - 1,), identity(named[0], named[1] if target else None), self.unit),
+            )
 
     def n_blocks(self, split: str) -> int:
         """See `BlockSource`."""
@@ -228,7 +257,7 @@ class TensorSource:
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         self.fingerprint = digest.hexdigest()
         identity = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
-        self.pairs: tuple[Pair, ...] = (Pair("", 0, len(self._tensors) - 1, identity),)
+        self.pairs: tuple[Pair, ...] = (Pair("", (0,), (len(self._tensors) - 1,), identity),)
 
     def n_blocks(self, split: str) -> int:
         """See `BlockSource`."""

@@ -122,7 +122,7 @@ def evaluate(
             found = measure_effect(
                 spliced,
                 sae,
-                torch.tensor(source.statistics[source.pairs[0].target].mean),
+                torch.tensor(source.pairs[0].statistics(source)[1].mean),
                 texts,
                 contexts_at_once=batch_contexts,
                 seed=seed,
@@ -157,10 +157,10 @@ def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[str, S
     site, target = sae.meta.get("site") or {}, sae.meta.get("target") or {}
     source = ShardSource(str(path), input=site.get("id"), target=target.get("id"))
     pair = source.pairs[0]
-    if (source.widths[pair.input], source.widths[pair.target]) != (sae.d_in, sae.d_out):
+    if pair.widths(source) != (sae.d_in, sae.d_out):
         raise DatasetError(
-            f"{path} holds activations {source.widths[0]} wide, this SAE reads {sae.d_in}; give its own dataset with "
-            "--data"
+            f"{path} holds activations {pair.widths(source)[0]} wide, this SAE reads {sae.d_in}; give its own dataset "
+            "with --data"
         )
     if split not in ("train", "validation"):
         raise ConfigError(f"split {split!r}: expected 'validation' or 'train'")

@@ -45,7 +45,7 @@ def measure_reconstruction(
         on_progress: called with (batches done, batches in all).
     """
     pair = source.pairs[0]
-    mean = torch.tensor(source.statistics[pair.target].mean)
+    mean = torch.tensor(pair.statistics(source)[1].mean)
     metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, device=sae.device)
     loader = ValidationLoader(source, batch_size, max_rows=max_tokens, split=split)
     for done, rows in enumerate(loader, start=1):

@@ -1,12 +1,13 @@
 """Tensor functions on sparse codes: select, decode, and the sparse backward, for every variant.
 
 Public contract of plugins: `SparseCode`, `encode`, `decode`, `pick`, `row_norms`, `encode_beside`, `decode_beside`,
-`TopK`, `BatchTopK`, `Above`, `Selection`, `Group`.
+`stop_gradient`, `pseudo_gradient`, `TopK`, `BatchTopK`, `Above`, `Selection`, `Group`.
 """
 
 from saeforge.ops.code import SparseCode
 from saeforge.ops.engine import decode, decode_beside, encode, encode_beside, pick, row_norms
 from saeforge.ops.group import Group
+from saeforge.ops.marks import pseudo_gradient, stop_gradient
 from saeforge.ops.select import Above, BatchTopK, Selection, TopK
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "encode",
     "encode_beside",
     "pick",
+    "pseudo_gradient",
     "row_norms",
+    "stop_gradient",
 ]

@@ -86,6 +86,32 @@ class SparseCode:
         order, rows, offsets = self._cache["by_latent"]
         return order, rows, offsets
 
+    def split(self, bounds: Tensor) -> SparseCode:
+        """Each row cut into groups of latents: row `b * n_groups + g` holds row b's entries of group g.
+
+        Decoded, it gives every group's share of a reconstruction at the cost of one decode, and the sums over nested
+        prefixes of a Matryoshka SAE are cumulative sums over groups. Order by latent is that of the uncut code.
+
+        Args:
+            bounds: (n_groups,) int64 on the device, ascending: the end of each group; the last one is d_sae.
+
+        Returns:
+            A code of n_rows * n_groups rows with the same entries.
+        """
+        indices, groups = self.indices[: self.nnz], len(bounds)
+        row = self.rows() * groups + torch.searchsorted(bounds, indices, right=True)
+        counts = torch.zeros(self.n_rows * groups, dtype=torch.int64, device=row.device)
+        counts.index_add_(0, row, torch.ones_like(row))
+        offsets = torch.zeros(len(counts) + 1, dtype=torch.int64, device=row.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        order, _, by_latent = self.by_latent()
+        cache = {"rows": (row,), "by_latent": (order, row[order], by_latent)}
+        if self.k is not None:  # known without reading it from the device
+            cache["nnz"] = (torch.tensor(self.nnz),)
+        elif "nnz" in self._cache:
+            cache["nnz"] = self._cache["nnz"]
+        return SparseCode(self.values[: self.nnz], indices, offsets, self.d_sae, None, cache)
+
     def active_counts(self) -> Tensor:
         """(d_sae,) int64: in how many rows each latent is active (value != 0)."""
         return self._sum_by_latent((self.values[: self.nnz] != 0).to(torch.int64))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeforge.ops import native, screen, shadow
+from saeforge.ops import marks, native, screen, shadow
 from saeforge.ops.code import SparseCode
 from saeforge.ops.dispatch import choose
 from saeforge.ops.native import pool
@@ -96,8 +96,10 @@ def decode(
         dtype: torch.bfloat16 reads the rows rounded to bf16 and accumulates in fp32. None: the type of `weight`.
         frozen: no gradient for weight and bias (a stop-gradient).
     """
+    if frozen and marks.replaying():
+        weight = marks.stop_gradient(weight)
     out = decode_beside(code, weight, None, None, dtype=dtype, frozen=frozen)[0]
-    return out if bias is None else out + (bias.detach() if frozen else bias)
+    return out if bias is None else out + (marks.stop_gradient(bias) if frozen else bias)
 
 
 def decode_beside(

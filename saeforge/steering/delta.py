@@ -26,7 +26,7 @@ class Delta:
         sae: of which the latents are.
         latents: (E,) int64.
         slope: (E,). offset: (E,). when_active: bool (E,).
-        W_enc: (E, d_in). b_enc: (E,). threshold: (E,), or None for an SAE of rule topk.
+        W_enc: (E, d_in). b_enc: (E,). threshold: (E,); all None where the SAE's own `encode` is asked.
         W_dec: (E, d_out), fp32 as all others.
         slots: (d_sae,) place of each latent among the edited ones, E for the rest.
         changes: whether any of it can change anything.
@@ -37,8 +37,8 @@ class Delta:
     slope: Tensor
     offset: Tensor
     when_active: Tensor
-    W_enc: Tensor
-    b_enc: Tensor
+    W_enc: Tensor | None
+    b_enc: Tensor | None
     threshold: Tensor | None
     W_dec: Tensor
     slots: Tensor
@@ -61,7 +61,7 @@ class Delta:
         lines = [_line(latent, edit, scales) for latent, edit in edits.items()]
         # Not as inference tensors, even if the caller is in inference mode: a later pass may want gradients.
         with torch.inference_mode(False), torch.no_grad():
-            device = sae.device
+            device, alone = sae.device, sae.rule == "threshold"
             latents = torch.tensor(list(edits), dtype=torch.int64, device=device)
             slots = torch.full((sae.d_sae,), len(edits), dtype=torch.int64, device=device)
             slots[latents] = torch.arange(len(edits), device=device)
@@ -71,9 +71,9 @@ class Delta:
                 slope=torch.tensor([line[0] for line in lines], device=device, dtype=torch.float32),
                 offset=torch.tensor([line[1] for line in lines], device=device, dtype=torch.float32),
                 when_active=torch.tensor([line[2] for line in lines], device=device, dtype=torch.bool),
-                W_enc=sae.W_enc[latents].float(),
-                b_enc=sae.b_enc[latents].float(),
-                threshold=None if sae.threshold is None else sae.threshold[latents].float(),
+                W_enc=sae.W_enc[latents].float() if alone else None,
+                b_enc=sae.b_enc[latents].float() if alone else None,
+                threshold=sae.threshold[latents].float() if sae.threshold is not None else None,
                 W_dec=sae.W_dec[latents].float(),
                 slots=slots,
                 changes=any(slope != 0 or offset != 0 for slope, offset, _ in lines),
@@ -81,7 +81,7 @@ class Delta:
 
     def values(self, x: Tensor) -> Tensor:
         """Return the edited latents' values under the SAE's rule, fp32 (rows, E), of activations (rows, d_in)."""
-        if self.threshold is not None:  # each latent decides for itself
+        if self.W_enc is not None and self.threshold is not None:  # each latent decides for itself
             pre = F.linear(x.float(), self.W_enc, self.b_enc)
             return torch.where(pre > self.threshold, pre, torch.zeros_like(pre))
         code = self.sae.encode(x)  # which are the k largest takes all of them

@@ -147,12 +147,12 @@ class ActivationData(LightningDataModule):
     @property
     def d_in(self) -> list[int]:
         """Width of the input of each SAE."""
-        return [self.source.widths[pair.input] for pair in self.source.pairs]
+        return [pair.widths(self.source)[0] for pair in self.source.pairs]
 
     @property
     def d_out(self) -> list[int]:
         """Width of the target of each SAE."""
-        return [self.source.widths[pair.target] for pair in self.source.pairs]
+        return [pair.widths(self.source)[1] for pair in self.source.pairs]
 
     @property
     def rows_per_step(self) -> int:

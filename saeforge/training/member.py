@@ -5,7 +5,7 @@ A run trains one, or several from one stream of activations. It knows nothing of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,8 +91,13 @@ class Member(nn.Module):
             statistics: of all tensors of the data.
             run: settings of the run.
         """
+        of_input, of_target = (tuple(statistics[number] for number in part) for part in (pair.inputs, pair.targets))
+        if len(of_input) > 1:
+            run = replace(run, sources=tuple(len(part.mean) for part in of_input))
         self.pair, self._run = pair, run
-        self._statistics = DataStatistics(statistics[pair.input], statistics[pair.target])
+        self._statistics = DataStatistics(
+            Statistics.beside(of_input), Statistics.beside(of_target), of_input, of_target
+        )
         self.total_variance = sum(self._statistics.target.variance)
         self.variant.bind(run)
         self._schedules = self.variant.schedules(run.total_steps)

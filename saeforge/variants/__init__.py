@@ -1,8 +1,10 @@
 """SAE variants. The class paths `saeforge.variants.TopK` etc. are stable: configs and checkpoints name them."""
 
 from saeforge.data.batch import Batch
+from saeforge.variants.auxk import AuxK
 from saeforge.variants.base import (
     DataStatistics,
+    OwnEncoder,
     Recipe,
     Resampled,
     RunSettings,
@@ -17,10 +19,12 @@ from saeforge.variants.l1_relu import L1ReLU
 from saeforge.variants.topk import TopK
 
 __all__ = [
+    "AuxK",
     "Batch",
     "DataStatistics",
     "Gated",
     "L1ReLU",
+    "OwnEncoder",
     "Recipe",
     "Resampled",
     "RunSettings",

@@ -7,6 +7,7 @@ Loggers, devices, precision, optimizers, data and checkpoints are not its busine
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -33,10 +34,15 @@ ScheduleValues = Mapping[str, float]
 
 
 class DataStatistics(NamedTuple):
-    """Statistics of the training rows in raw units: of the input, and of the target (the same for an SAE)."""
+    """Statistics of the training rows in raw units: of the input, and of the target (the same for an SAE).
+
+    `input_sources` and `target_sources` are those of each site, where several stand side by side.
+    """
 
     input: Statistics
     target: Statistics
+    input_sources: tuple[Statistics, ...] = ()
+    target_sources: tuple[Statistics, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,14 @@ class RunSettings:
         dead_after_tokens: a latent silent for this many tokens (over all ranks) counts as dead.
         compute_dtype: type of the encoder product; torch.bfloat16 under `bf16-mixed`.
         group: the ranks that share a batch.
+        sources: widths of the parts of an input that several sites make up side by side (a crosscoder's), or empty.
     """
 
     total_steps: int = 1
     dead_after_tokens: int = 10_000_000
     compute_dtype: torch.dtype = torch.float32
     group: Group = field(default_factory=Group)
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,12 +109,24 @@ class Resampled(Protocol):
         """
 
 
+@runtime_checkable
+class OwnEncoder(Protocol):
+    """What a variant offers whose latents are no thresholds or top-k of one product: signed, iterative, by neighbours.
+
+    Its `fold` returns `self.kept(...)`, and the SAE that it leaves needs the variant's package to be loaded.
+    """
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """The latents of raw activations (n, d_in): values are lengths along the rows given to `kept`."""
+
+
 class Variant(nn.Module, ABC):
     """Base of all variants. Subclasses are final and override abstract methods only.
 
     `scale` and `target_scale` are frozen scalars from the dataset's statistics: `step` works on `x * scale`, its
     caller sees raw units only. `input_scale` chooses them: "rms" makes the mean squared norm 1 (Gemma Scope), "sqrt_d"
-    the mean norm sqrt(d) (Anthropic, April 2024), "none" leaves the data alone.
+    the mean norm sqrt(d) (Anthropic, April 2024), "none" leaves the data alone. With `per_source` each of several
+    sources side by side (`RunSettings.sources`) has a scalar of its own, and the buffers are (d_in,) and (d_out,).
     """
 
     scale: Tensor
@@ -134,7 +154,7 @@ class Variant(nn.Module, ABC):
         variant.__dict__["arguments"] = dict(bound.arguments)
         return variant
 
-    def __init__(self, d_in: int, d_out: int, *, d_sae: int, input_scale: InputScale) -> None:
+    def __init__(self, d_in: int, d_out: int, *, d_sae: int, input_scale: InputScale, per_source: bool = False) -> None:
         super().__init__()
         for name, value in {"d_in": d_in, "d_out": d_out, "d_sae": d_sae}.items():
             if value < 1:
@@ -143,8 +163,8 @@ class Variant(nn.Module, ABC):
             raise ConfigError(f"input_scale {input_scale!r}: expected 'rms', 'sqrt_d' or 'none'")
         self.d_in, self.d_out, self.d_sae, self.input_scale = d_in, d_out, d_sae, input_scale
         self.run = RunSettings()
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("target_scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(d_in if per_source else ()))
+        self.register_buffer("target_scale", torch.ones(d_out if per_source else ()))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
         self.register_buffer("firing_counts", torch.zeros(d_sae, dtype=torch.int64), persistent=False)
         self.register_buffer("listed_as_dead", torch.zeros(d_sae, dtype=torch.bool))
@@ -194,8 +214,14 @@ class Variant(nn.Module, ABC):
     @final
     def set_scale(self, stats: DataStatistics) -> None:
         """Freezes `scale` and `target_scale`; the first thing that `initialise` does."""
-        for buffer, part in ((self.scale, stats.input), (self.target_scale, stats.target)):
-            buffer.fill_(input_scale(self.input_scale, part))
+        for buffer, part, sources in (
+            (self.scale, stats.input, stats.input_sources),
+            (self.target_scale, stats.target, stats.target_sources),
+        ):
+            parts = sources if buffer.ndim and sources else (part,)
+            places = buffer.split([len(each.mean) for each in parts]) if buffer.ndim else (buffer,)
+            for place, each in zip(places, parts, strict=True):
+                place.fill_(input_scale(self.input_scale, each))
 
     @final
     def scaled(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -227,8 +253,14 @@ class Variant(nn.Module, ABC):
 
     @final
     def output(self, terms: dict[str, Tensor], code: SparseCode, squared_error: Tensor) -> StepOutput:
-        """Packs a step's result. squared_error: (B,) per row, in scaled target units."""
-        raw = squared_error.detach().sum() / self.target_scale.square()
+        """Packs a step's result.
+
+        Args:
+            terms: see `StepOutput`.
+            code: see `StepOutput`.
+            squared_error: (B,) per row, in scaled target units; with one scale per source (B, d_out), not summed yet.
+        """
+        raw = (squared_error.detach().sum(0) / self.target_scale.square()).sum()
         return StepOutput(terms, code, {"squared_error": raw})
 
     @final
@@ -314,18 +346,33 @@ class Variant(nn.Module, ABC):
         """
         if shift is not None:
             b_enc = b_enc - W_enc @ shift
+        unit = self.target_scale
+        if unit.ndim:  # the sources' own scalars go into the columns
+            W_dec, b_dec, unit = W_dec / unit, b_dec / unit, unit.new_ones(())
         norms = W_dec.norm(dim=1) if k is None else W_dec.new_ones(self.d_sae)
         norms = torch.where(norms > 0, norms, 1.0)  # a latent without a direction stays as it is
-        factor = norms / self.target_scale
+        factor = norms / unit
         return SAE(
-            W_enc * (factor * self.scale)[:, None],
+            W_enc * (factor[:, None] * self.scale),
             b_enc * factor,
             W_dec / norms[:, None],
-            b_dec / self.target_scale,
+            b_dec / unit,
             rule="topk" if threshold is None else "threshold",
             k=k,
             threshold=None if threshold is None else threshold * factor,
         )
+
+    @final
+    @torch.no_grad()
+    def kept(self, W_dec: Tensor, b_dec: Tensor) -> SAE:
+        """The SAE of a variant that cannot fold (`OwnEncoder`): a frozen copy of itself encodes.
+
+        Args:
+            W_dec: (d_sae, d_out) in raw units: what one unit of each latent that `encode` returns adds.
+            b_dec: (d_out,) in raw units.
+        """
+        frozen = copy.deepcopy(self).requires_grad_(False).eval()
+        return SAE(None, None, W_dec, b_dec, rule="plugin", encoder=frozen)
 
 
 def input_scale(kind: InputScale, stats: Statistics) -> float:
@@ -336,6 +383,8 @@ def input_scale(kind: InputScale, stats: Statistics) -> float:
     """
     if kind == "none":
         return 1.0
+    if math.isnan(stats.mean_norm) and kind == "sqrt_d":
+        raise ConfigError("input_scale sqrt_d is undefined over several sites side by side; set rms or none")
     if stats.mean_square_norm <= 0:
         raise ConfigError("the activations are all zero: nothing to scale; check the harvested site")
     if kind == "rms":

@@ -12,8 +12,8 @@ from saeforge.data.batch import Batch
 from saeforge.errors import ConfigError
 from saeforge.ops import TopK as SelectTopK
 from saeforge.ops import decode, decode_beside, encode, encode_beside
-from saeforge.ops.select import top_k
 from saeforge.sae import SAE
+from saeforge.variants.auxk import AuxK
 from saeforge.variants.base import (
     DataStatistics,
     InputScale,
@@ -71,12 +71,10 @@ class TopK(Variant):
         super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
         if not 1 <= k <= d_sae:
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
-        if aux < 0 or (k_aux is not None and k_aux < 1):
-            raise ConfigError(f"aux = {aux}, k_aux = {k_aux}: expected aux >= 0 and a positive k_aux or null")
         if encoder_init not in ("least_squares", "unit_probes", "tied"):
             raise ConfigError(f"encoder_init {encoder_init!r}: expected 'least_squares', 'unit_probes' or 'tied'")
-        self.k, self.aux, self.encoder_init, self.pre_bias = k, aux, encoder_init, pre_bias
-        self.k_aux = k_aux or 2 ** max(0, round(torch.tensor(d_in / 2).log2().item()))
+        self.k, self.encoder_init, self.pre_bias = k, encoder_init, pre_bias
+        self.auxk = AuxK.of(aux, k_aux, d_in)
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_out))
@@ -132,47 +130,20 @@ class TopK(Variant):
         """Terms `mse` (over that of predicting the mean) and `aux`."""
         x, target = self.scaled(batch)
         shift = self.b_dec if self.pre_bias else None
-        dtype, listed = self.run.compute_dtype, self.dead_latents() if self.aux > 0 else None
-        dead = listed if listed is not None and len(listed) else None
-        # AuxK is dense over the compacted dead columns: cheaper than gathers below about 94k dead latents [speed 0.5].
+        dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
         selected, dead_pre = encode_beside(
             x, self.W_enc, self.b_enc, SelectTopK(self.k), dead, shift=shift, dtype=dtype
         )
         code = selected.with_values(selected.values.relu())
-        dead_values = None if dead is None else self._strongest(dead_pre)
+        dead_values = None if dead is None else self.auxk.values(dead_pre)
         rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)
         error = target - (rebuilt + self.b_dec)
         squared_error = error.square().sum(1)
         terms = {"mse": self.mean_rows(squared_error, batch.weight) / self.mse_of_mean}
-        if self.aux > 0:
+        if self.auxk.coefficient > 0:
             none = squared_error.new_zeros(())
-            terms["aux"] = none if dead is None else self.aux * self._aux(error.detach(), dead_rebuilt, batch.weight)
+            terms["aux"] = none if dead is None else self.auxk.term(self, error, dead_rebuilt, batch.weight)
         return self.output(terms, code, squared_error)
-
-    def _strongest(self, pre: Tensor) -> Tensor:
-        """The k_aux largest of each row, if they are positive, where they are; 0 elsewhere."""
-        if self.k_aux >= pre.shape[1]:
-            return pre.relu()
-        _, chosen = top_k(pre.detach(), self.k_aux)
-        return torch.zeros_like(pre).scatter(1, chosen, pre.gather(1, chosen).relu())
-
-    def _aux(self, error: Tensor, rebuilt: Tensor, weight: Tensor | None) -> Tensor:
-        """AuxK: squared error of the dead latents' reconstruction of `error`, over the variance of `error`.
-
-        Both are sums over the rows, with their weights if they have some.
-        """
-        # Over the global batch, in float64: sum w |e|^2 - |sum w e|^2 / sum w cancels.
-        group, wide = self.run.group, error.double()
-        w = wide.new_ones(len(wide)) if weight is None else weight.double()
-        centre = group.sum(w @ wide).square().sum() / group.sum(w.sum())
-        squares = group.sum(w @ wide.square().sum(1))
-        variance = squares - centre
-        rebuilt_error = (error - rebuilt).square().sum(1)
-        total = rebuilt_error.sum() if weight is None else rebuilt_error @ weight.to(error.dtype)
-        # One row, equal rows, or a perfect reconstruction: 0 / 0. What cancellation leaves of it is not a variance.
-        defined = variance > 1e-12 * squares
-        ratio = total * group.size / torch.where(defined, variance, 1.0).to(error.dtype)
-        return torch.where(defined, ratio, 0.0)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Decoder rows of norm 1; the rest free."""
