@@ -32,6 +32,14 @@ else
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
   echo "$stamp" > "$VENV/stamp"
 fi
+# Our own plugins are installed as anyone's are; saeforge-log-relu, the README's example, is left to its test.
+plugins=(plugins/*/src/..)
+if [[ -e "${plugins[0]}" && "$(cat plugins/*/pyproject.toml)" != "$(cat "$VENV/plugins" 2>/dev/null || true)" ]]; then
+  echo "== environment: plugins"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+    "${plugins[@]/#/--editable=}"
+  cat plugins/*/pyproject.toml > "$VENV/plugins"
+fi
 export PATH="$PWD/$VENV/bin:$PATH"
 
 failed=()
