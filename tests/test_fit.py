@@ -135,7 +135,7 @@ def test_variant_help_lists_the_options_of_a_name(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--model.variant.help", "gated"])
     assert stopped.value.code == 0
-    assert "l1_warmup" in capsys.readouterr().out
+    assert "l1_warmup_share" in capsys.readouterr().out
 
 
 def test_bf16_mixed_trains_and_stays_close(dataset: Path, tmp_path: Path) -> None:

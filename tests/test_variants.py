@@ -451,7 +451,7 @@ def test_constrain_restores_unit_rows_after_any_other_optimizer(cls: type[Varian
 def test_schedules_and_recipes_are_those_of_the_papers() -> None:
     l1 = L1ReLU(D, D, d_sae=8, l1=5.0).schedules(1000)["l1"]
     assert [l1(step) for step in (0, 25, 50, 51, 999)] == [0.0, 2.5, 5.0, 5.0, 5.0]  # over the first 5%
-    gate = Gated(D, D, d_sae=8, l1=0.2, l1_warmup=0.5).schedules(10)["l1"]
+    gate = Gated(D, D, d_sae=8, l1=0.2, l1_warmup_share=0.5).schedules(10)["l1"]
     assert [gate(step) for step in (0, 1, 5, 9)] == pytest.approx([0, 0.04, 0.2, 0.2])
     assert Gated(D, D, d_sae=8, l1=0.2).schedules(10)["l1"](0) == 0.2
     assert TopK(D, D, d_sae=8, k=2).schedules(10) == {}
@@ -580,7 +580,7 @@ def test_arguments_record_what_was_given_and_the_defaults() -> None:
         (TopK, {"aux": -1.0}, "aux = -1.0"),
         (TopK, {"k_aux": 0}, "k_aux = 0"),
         (L1ReLU, {"l1": -1.0}, "l1 = -1.0"),
-        (L1ReLU, {"l1_warmup": 1.5}, "l1_warmup = 1.5"),
+        (L1ReLU, {"l1_warmup_share": 1.5}, "l1_warmup = 1.5"),
         (L1ReLU, {"decoder_init_norm": 0.0}, "decoder_init_norm = 0.0"),
         (Gated, {"l1": -0.1}, "l1 = -0.1"),
         (Gated, {"input_scale": "layer_norm"}, "input_scale 'layer_norm'"),

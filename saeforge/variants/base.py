@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -24,12 +25,17 @@ from saeforge.errors import ConfigError
 from saeforge.ops import Group, SparseCode
 from saeforge.optim.row_adam import unit_rows_
 from saeforge.sae import SAE
+from saeforge.schedules import Shape
 
 #: Steps between two listings of the dead latents, at most; fewer where so many are a tenth of the time after which a
 #: latent counts as dead.
 DEAD_LIST_STEPS = 20
 
+log = logging.getLogger("saeforge.variants")
+
 InputScale = Literal["rms", "sqrt_d", "none"]
+#: Values of a step by name. Under `target_l0` the one that `Variant.sparsity_schedule` names is a scalar tensor on the
+#: device: multiply by it, and never ask for its value.
 ScheduleValues = Mapping[str, float]
 
 
@@ -75,6 +81,8 @@ class Recipe:
     warmup_steps: int = 0
     decay_steps: int = 0
     resample_steps: tuple[int, ...] = ()
+    warmup_shape: Shape = "linear"
+    decay_shape: Shape = "linear"
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,34 @@ class Resampled(Protocol):
         """
 
 
+class Unfolded(NamedTuple):
+    """An SAE's weights in a variant's scaled units, decoder rows of norm 1: see `Variant.unfolded`.
+
+    Shapes are the SAE's: W_enc (d_sae, d_in), b_enc (d_sae,), W_dec (d_sae, d_out), b_dec (d_out,), threshold (d_sae,)
+    or None under rule topk.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None
+
+
+@runtime_checkable
+class StartsFrom(Protocol):
+    """What a variant may offer besides: to start from a trained SAE (`model.init_from`), the inverse of its fold."""
+
+    def unfold_(self, sae: SAE) -> None:
+        """Sets the weights such that `fold` returns `sae`; called after `initialise`, with scales as set there.
+
+        `Variant.unfolded` checks the SAE and brings its weights into scaled units.
+
+        Raises:
+            ConfigError: an SAE that this variant cannot express.
+        """
+
+
 @runtime_checkable
 class OwnEncoder(Protocol):
     """What a variant offers whose latents are no thresholds or top-k of one product: signed, iterative, by neighbours.
@@ -128,6 +164,10 @@ class Variant(nn.Module, ABC):
     the mean norm sqrt(d) (Anthropic, April 2024), "none" leaves the data alone. With `per_source` each of several
     sources side by side (`RunSettings.sources`) has a scalar of its own, and the buffers are (d_in,) and (d_out,).
     """
+
+    #: Name of the scheduled value that makes latents sparser the larger it is, which `target_l0` then steers; None for
+    #: variants whose L0 is set by other means (k). An instance may set its own.
+    sparsity_schedule: str | None = None
 
     scale: Tensor
     target_scale: Tensor
@@ -265,8 +305,8 @@ class Variant(nn.Module, ABC):
 
     @final
     @torch.no_grad()
-    def observe(self, code: SparseCode) -> None:
-        """Counts who fired, over all ranks; called once after each step."""
+    def observe(self, code: SparseCode) -> Tensor:
+        """Counts who fired, over all ranks; called once after each step. Returns the counts, (d_sae,) int64."""
         counts = self.run.group.sum(code.active_counts())
         self.firing_counts += counts
         self.tokens_since_fired += code.n_rows * self.run.group.size
@@ -277,6 +317,7 @@ class Variant(nn.Module, ABC):
         tenth = self.run.dead_after_tokens // (10 * max(1, code.n_rows * self.run.group.size))
         if self.observed() % max(1, min(DEAD_LIST_STEPS, tenth)) == 0:
             self.list_dead()
+        return counts
 
     @final
     def observed(self) -> int:
@@ -364,6 +405,50 @@ class Variant(nn.Module, ABC):
 
     @final
     @torch.no_grad()
+    def unfolded(self, sae: SAE) -> Unfolded:
+        """The inverse of `folded`: an SAE's weights in scaled units (float64), for `StartsFrom.unfold_`.
+
+        Decoder rows get norm 1, the encoder takes theirs; that changes who is chosen where a top-k SAE's rows differ in
+        norm, which is logged.
+
+        Raises:
+            ConfigError: other widths, a skip connection, or an SAE without a linear encoder.
+        """
+        name = type(self).__name__
+        if sae.rule == "plugin":
+            raise ConfigError(f"init_from: {name} needs an SAE with a linear encoder, this one is encoded by a plugin")
+        if sae.W_skip is not None:
+            raise ConfigError(f"init_from: {name} has no skip connection, this SAE has one")
+        for option, own, given in (
+            ("d_in", self.d_in, sae.d_in),
+            ("d_out", self.d_out, sae.d_out),
+            ("d_sae", self.d_sae, sae.d_sae),
+        ):
+            if own != given:
+                advice = f"set variant.d_sae to {given}" if option == "d_sae" else "give an SAE of the same site"
+                raise ConfigError(f"init_from: the SAE has {option} = {given}, this run {own}; {advice}")
+        unit = self.target_scale.double()
+        W_dec, b_dec = sae.W_dec.to(unit) * (unit if unit.ndim else 1.0), sae.b_dec.to(unit) * unit
+        norms = W_dec.norm(dim=1)
+        norms = torch.where(norms > 0, norms, 1.0)
+        if sae.rule == "topk" and bool(norms.max() > 1.001 * norms.min()):
+            log.warning(
+                "init_from: decoder rows of this top-k SAE have norms from %.3g to %.3g; they are set to 1, which changes "
+                "which latents are the k largest",
+                norms.min().item(),
+                norms.max().item(),
+            )
+        factor = norms if unit.ndim else norms * unit
+        return Unfolded(
+            sae.W_enc.to(unit) * factor[:, None] / self.scale.double(),
+            sae.b_enc.to(unit) * factor,
+            W_dec / norms[:, None],
+            b_dec,
+            None if sae.threshold is None else sae.threshold.to(unit) * factor,
+        )
+
+    @final
+    @torch.no_grad()
     def kept(self, W_dec: Tensor, b_dec: Tensor) -> SAE:
         """The SAE of a variant that cannot fold (`OwnEncoder`): a frozen copy of itself encodes.
 
@@ -397,6 +482,13 @@ def random_unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:
     rows = torch.randn(n, d, generator=generator)
     unit_rows_(rows)
     return rows
+
+
+def mean_norm_of_others(rows: Tensor, latents: Tensor) -> Tensor:
+    """Mean norm, a scalar, of the rows (d_sae, d) that are not in `latents` (n,); of all, if none is left."""
+    others = torch.ones(len(rows), dtype=torch.bool, device=latents.device)
+    others[latents] = False
+    return (rows[others] if bool(others.any()) else rows).norm(dim=1).mean()
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from saeforge.variants.base import (
     StepOutput,
     Variant,
     check_pre_bias,
+    mean_norm_of_others,
     random_unit_rows,
 )
 
@@ -39,10 +40,12 @@ class Gated(Variant):
         d_out: width of the target.
         d_sae: number of latents.
         l1: coefficient of the gate's penalty, for inputs with a mean squared norm of 1.
-        l1_warmup: share of the run over which the coefficient rises linearly from 0.
+        l1_warmup_share: share of the run over which the coefficient rises linearly from 0.
         pre_bias: subtract the decoder's bias before the encoder; false for a transcoder.
         input_scale: "rms", "sqrt_d" or "none".
     """
+
+    sparsity_schedule = "l1"
 
     def __init__(
         self,
@@ -51,14 +54,14 @@ class Gated(Variant):
         *,
         d_sae: int = 4096,
         l1: float = 0.04,
-        l1_warmup: float = 0.0,
+        l1_warmup_share: float = 0.0,
         pre_bias: bool = True,
         input_scale: InputScale = "rms",
     ) -> None:
         super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
-        if l1 < 0 or not 0 <= l1_warmup <= 1:
-            raise ConfigError(f"l1 = {l1}, l1_warmup = {l1_warmup}: expected l1 >= 0 and a share between 0 and 1")
-        self.l1, self.l1_warmup, self.pre_bias = l1, l1_warmup, pre_bias
+        if l1 < 0 or not 0 <= l1_warmup_share <= 1:
+            raise ConfigError(f"l1 = {l1}, l1_warmup_share = {l1_warmup_share}: expected l1 >= 0 and a share between 0 and 1")
+        self.l1, self.l1_warmup_share, self.pre_bias = l1, l1_warmup_share, pre_bias
         self.W_gate = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_gate = nn.Parameter(torch.zeros(d_sae))
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
@@ -79,7 +82,7 @@ class Gated(Variant):
 
     def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
         """`l1`: linear from 0 to the coefficient over the first share of the run."""
-        warmup = round(self.l1_warmup * total_steps)
+        warmup = round(self.l1_warmup_share * total_steps)
         return {"l1": lambda step: self.l1 * ramp(step, warmup)}
 
     def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
@@ -125,14 +128,30 @@ class Gated(Variant):
     @torch.no_grad()
     def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
         """Decoder rows point at the rows; the gate does too, at 0.2 of the mean norm of the other latents' gates."""
-        others = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device)
-        others[latents] = False
-        norm = 0.2 * (self.W_gate[others] if bool(others.any()) else self.W_gate).norm(dim=1).mean()
+        norm = 0.2 * mean_norm_of_others(self.W_gate, latents)
         self.W_dec[latents] = F.normalize(target, dim=1)
         self.W_gate[latents] = F.normalize(x, dim=1) * norm
         for parameter in (self.b_gate, self.r_mag, self.b_mag):
             parameter[latents] = 0.0
         return [self.W_dec, self.W_gate, self.b_gate, self.r_mag, self.b_mag]
+
+    @torch.no_grad()
+    def unfold_(self, sae: SAE) -> None:
+        """Exact for any threshold SAE: r_mag = 0, b_mag = b_enc + W_enc b_dec, b_gate = b_mag - threshold.
+
+        Raises:
+            ConfigError: a top-k SAE, which has no thresholds.
+        """
+        weights = self.unfolded(sae)
+        if weights.threshold is None:
+            raise ConfigError("init_from: Gated starts from SAEs with thresholds, this one has top-k; train variant topk")
+        b_mag = weights.b_enc + weights.W_enc @ weights.b_dec if self.pre_bias else weights.b_enc
+        self.W_gate.copy_(weights.W_enc)
+        self.r_mag.zero_()
+        self.b_mag.copy_(b_mag)
+        self.b_gate.copy_(b_mag - weights.threshold)
+        self.W_dec.copy_(weights.W_dec)
+        self.b_dec.copy_(weights.b_dec)
 
     @torch.no_grad()
     def fold(self) -> SAE:

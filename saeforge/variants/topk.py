@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saeforge.data.batch import Batch
@@ -23,8 +25,11 @@ from saeforge.variants.base import (
     Variant,
     check_pre_bias,
     geometric_median,
+    mean_norm_of_others,
     random_unit_rows,
 )
+
+log = logging.getLogger("saeforge.variants")
 
 EncoderInit = Literal["least_squares", "unit_probes", "tied"]
 
@@ -155,6 +160,34 @@ class TopK(Variant):
     def recipe(self, total_steps: int) -> Recipe:
         """Adam(0.9, 0.999, eps 6.25e-10), lr 2e-4 / sqrt(d_sae / 2^14), constant, gradient norm at most 1."""
         return Recipe(lr=2e-4 / (self.d_sae / 2**14) ** 0.5, eps=6.25e-10)
+
+    @torch.no_grad()
+    def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
+        """Decoder rows point at the rows; the encoder does too, at 0.2 of the mean norm of the other latents'."""
+        self.W_dec[latents] = F.normalize(target, dim=1)
+        self.W_enc[latents] = F.normalize(x, dim=1) * (0.2 * mean_norm_of_others(self.W_enc, latents))
+        self.b_enc[latents] = 0.0
+        return [self.W_dec, self.W_enc, self.b_enc]
+
+    @torch.no_grad()
+    def unfold_(self, sae: SAE) -> None:
+        """Exact for a top-k SAE of the same k with decoder rows of one norm; else the weights are taken, and it is logged.
+
+        Raises:
+            ConfigError: other widths, or a skip connection.
+        """
+        weights = self.unfolded(sae)
+        if sae.k != self.k:
+            had = "thresholds" if sae.k is None else f"k = {sae.k}"
+            log.warning(
+                "init_from: the SAE has %s, this run k = %d: the weights are the same, other latents are active",
+                had,
+                self.k,
+            )
+        self.W_enc.copy_(weights.W_enc)
+        self.b_enc.copy_(weights.b_enc + weights.W_enc @ weights.b_dec if self.pre_bias else weights.b_enc)
+        self.W_dec.copy_(weights.W_dec)
+        self.b_dec.copy_(weights.b_dec)
 
     @torch.no_grad()
     def fold(self) -> SAE:
