@@ -17,7 +17,8 @@ from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.resampling import draw_by_loss
 from saeforge.training.trainer import SAETrainer
-from saeforge.variants import Gated, TopK
+from saeforge.variants import Gated
+from tests.test_own_encoder import Signed
 from tests.toy import D_IN, toy_rows
 
 DEAD = torch.tensor([3, 50, 99])
@@ -126,7 +127,7 @@ def test_rows_are_drawn_by_squared_loss_without_replacement() -> None:
 
 def test_a_variant_without_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="reset_latents_"):
-        SAEModule(lambda i, o: TopK(i, o, d_sae=64, k=4), 8, 8, resample_steps=[5])
+        SAEModule(lambda i, o: Signed(i, o, d_sae=64), 8, 8, resample_steps=[5])
 
 
 def test_the_rate_warms_up_again_along_a_cosine() -> None:

@@ -74,7 +74,7 @@ class Telemetry(Callback):
             "train/dead": float(member.variant.dead().sum()),
             "schedule/lr": member.optimizer.param_groups[0]["lr"],
         }
-        scheduled = member.schedule_values(max(0, step - 1))
+        scheduled = {name: float(v) for name, v in member.steered(member.schedule_values(max(0, step - 1))).items()}
         figures |= {f"schedule/{name}": value for name, value in scheduled.items() if name != "lr_factor"}
         member.latest.update({name: figures[f"train/{name}"] for name in ("loss", "l0", "fvu", "dead")})
         return figures

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from saeforge import __version__
+from saeforge.data.batch import Batch
 from saeforge.data.moments import Statistics
 from saeforge.data.source import Pair, Rows
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
@@ -20,9 +21,13 @@ from saeforge.metrics import Reconstruction, ReconstructionMetrics
 from saeforge.optim import RowAdam
 from saeforge.registry import VARIANTS
 from saeforge.sae import SAE
-from saeforge.schedules import rewarm, warmup_then_decay
+from saeforge.schedules import Shape, rewarm, warmup_then_decay
+from saeforge.training.ema import WeightAverage
 from saeforge.training.graph import GraphedStep
+from saeforge.training.init_from import check_offered, described, open_sae, warmup_steps
 from saeforge.training.readout import ReadOut
+from saeforge.training.target_l0 import TargetL0
+from saeforge.training.whitening import DEFAULT_SHRINKAGE, Kind, Whitening
 from saeforge.variants import DataStatistics, Resampled, RunSettings, Variant
 
 
@@ -39,6 +44,13 @@ class Settings:
     resample_steps: tuple[int, ...] | None = None
     cuda_graph: bool = False
     seed: int = 0
+    lr_warmup_shape: Shape | None = None
+    lr_decay_shape: Shape | None = None
+    target_l0: float | None = None
+    ema_half_life_steps: float | None = None
+    init_from: str | SAE | None = None
+    whitening: Kind | None = None
+    whitening_shrinkage: float | None = None
 
 
 class Member(nn.Module):
@@ -72,7 +84,16 @@ class Member(nn.Module):
                 f"model.resample_steps = {list(settings.resample_steps)}: {type(variant).__name__} has no "
                 "reset_latents_; leave it out, or add that method to the variant"
             )
+        if settings.init_from is not None:
+            check_offered(variant)
+        if settings.whitening_shrinkage is not None and settings.whitening is None:
+            raise ConfigError("model.whitening_shrinkage says nothing without model.whitening: set it to zca or pca")
         self.variant, self.settings = variant, settings
+        self.target_l0 = None if settings.target_l0 is None else TargetL0(variant, settings.target_l0)
+        half_life = settings.ema_half_life_steps
+        self.average = None if half_life is None else WeightAverage(variant, half_life)
+        shrinkage = DEFAULT_SHRINKAGE if settings.whitening_shrinkage is None else settings.whitening_shrinkage
+        self.whitening = None if settings.whitening is None else Whitening(variant, settings.whitening, shrinkage)
         self._graphed = GraphedStep(variant) if settings.cuda_graph else None
         self.readout = ReadOut()
         self.total_variance = float("nan")
@@ -101,12 +122,15 @@ class Member(nn.Module):
         self.total_variance = sum(self._statistics.target.variance)
         self.variant.bind(run)
         self._schedules = self.variant.schedules(run.total_steps)
+        if self.target_l0 is not None:
+            self.target_l0.bind(self._schedules, run.total_steps)
 
     def initialise(self, rows: Rows) -> None:
-        """Sets the weights from a sample of the data.
+        """Sets the weights from a sample of the data, or to those of the SAE to start from.
 
         Raises:
             DatasetError: NaN or infinite rows.
+            CheckpointError, ConfigError: no SAE to start from, or one that does not fit.
         """
         batch = self.pair.batch(rows)
         x = batch.x.float()
@@ -114,7 +138,14 @@ class Member(nn.Module):
         if not bool(torch.isfinite(x.sum() + target.sum())):
             raise DatasetError("the training rows hold NaN or infinite activations; `saeforge harvest` them again")
         generator = torch.Generator().manual_seed(self.settings.seed)
-        self.variant.initialise(self._statistics, x, target, generator)
+        statistics = self._statistics
+        if self.whitening is not None:
+            statistics, (x, target, *_) = self.whitening.fit(statistics, x, target)
+            self.total_variance = sum(statistics.target.variance)
+        self.variant.initialise(statistics, x, target, generator)
+        if self.settings.init_from is not None:
+            sae = open_sae(self.settings.init_from, self.pair.name)
+            self.variant.unfold_(sae if self.whitening is None else self.whitening.unfold(sae))  # type: ignore[operator]
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """RowAdam after the variant's recipe, or the optimizer that was asked for."""
@@ -136,13 +167,22 @@ class Member(nn.Module):
         return self.variant.recipe(self._run.total_steps).resample_steps
 
     def schedule_values(self, step: int) -> dict[str, float]:
-        """All scheduled values of a step: the variant's own, and `lr_factor`."""
+        """All scheduled values of a step, before `target_l0`: the variant's own, and `lr_factor`."""
         total, given = self._run.total_steps, self.settings
         recipe = self.variant.recipe(total)
         warmup = recipe.warmup_steps if given.lr_warmup_steps is None else given.lr_warmup_steps
+        if given.init_from is not None and given.lr_warmup_steps is None:
+            warmup = max(warmup, warmup_steps(total))
         decay = recipe.decay_steps if given.lr_decay_share is None else round(given.lr_decay_share * total)
         values = {name: schedule(step) for name, schedule in self._schedules.items()}
-        values["lr_factor"] = warmup_then_decay(step, total, warmup_steps=warmup, decay_steps=decay)
+        values["lr_factor"] = warmup_then_decay(
+            step,
+            total,
+            warmup_steps=warmup,
+            decay_steps=decay,
+            warmup_shape=given.lr_warmup_shape or recipe.warmup_shape,
+            decay_shape=given.lr_decay_shape or recipe.decay_shape,
+        )
         values["lr_factor"] *= rewarm(step, self.resample_steps)
         return values
 
@@ -152,22 +192,47 @@ class Member(nn.Module):
         values = self.schedule_values(step)
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * values["lr_factor"]
-        out = (self._graphed or self.variant.step)(self.pair.batch(rows), values)
+        batch = self.batch(rows)
+        out = (self._graphed or self.variant.step)(batch, self.steered(values))
         loss = torch.stack([term.float() for term in out.terms.values()]).sum()
-        self.variant.observe(out.code)
+        counts = self.variant.observe(out.code)
+        if self.target_l0 is not None:
+            self.target_l0.observe(counts, out.code.n_rows * self._run.group.size)
         self.readout.add(loss, out)
         return loss
 
-    def constrain_(self) -> None:
-        """Restores constraints where the optimizer does not know them."""
+    def batch(self, rows: Rows) -> Batch:
+        """What the variant sees of the data's tensors."""
+        batch = self.pair.batch(rows)
+        return batch if self.whitening is None else self.whitening(batch)
+
+    def steered(self, values: dict[str, float]) -> dict[str, Any]:
+        """The scheduled values with the sparsity coefficient as `target_l0` scales it, a scalar tensor."""
+        if self.target_l0 is None:
+            return values
+        name = self.target_l0.schedule
+        return {**values, name: self.target_l0.scaled(values[name])}
+
+    def after_step(self, step: int) -> None:
+        """What follows the optimizer's step (from 0 on): constraints that it does not know, controller, average."""
         if self.settings.optimizer is not None:
             self.variant.constrain_()
+        if self.target_l0 is not None:
+            values = self.schedule_values(step)
+            self.target_l0.update(values[self.target_l0.schedule], values["lr_factor"])
+        if self.average is not None:
+            self.average.update(self.variant, step)
+
+    def fold(self) -> SAE:
+        """The plain SAE on raw activations as it is now: of the averaged weights, if there are some."""
+        sae = (self.variant if self.average is None else self.average.averaged(self.variant)).fold()
+        return sae if self.whitening is None else self.whitening.fold(sae)
 
     # Validation: the folded SAE on held-out documents, exactly what a user of the SAE will get ---------------------
 
     def start_validation(self) -> None:
         """Folds the variant."""
-        sae = self.variant.fold()
+        sae = self.fold()
         mean = torch.tensor(self._statistics.target.mean)
         self._validation = sae, ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, device=sae.device)
 
@@ -213,12 +278,25 @@ class Member(nn.Module):
             },
             "resample_steps": list(self.resample_steps),
             "seed": self.settings.seed,
+            "extras": self._extras(),
         }
+
+    def _extras(self) -> dict[str, Any]:
+        """The options of `docs/training.md` that are on."""
+        given = self.settings
+        values = {
+            "target_l0": given.target_l0,
+            "ema_half_life_steps": given.ema_half_life_steps,
+            "init_from": None if given.init_from is None else described(given.init_from),
+            "whitening": given.whitening,
+            "whitening_shrinkage": None if self.whitening is None else self.whitening.shrinkage,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
     def folded(self, steps: int, tokens: int, precision: str) -> SAE:
         """The plain SAE as it is now, with its origin: data, variant and its distribution, training."""
         record = VARIANTS.name_of(type(self.variant))
-        sae = self.variant.fold()
+        sae = self.fold()
         sae.meta = {
             **self.pair.identity,
             "variant": {
@@ -251,9 +329,10 @@ def check_identity(saved: dict[str, Any], given: dict[str, Any]) -> None:
             "resume with the same variant, or start a new --run"
         )
     differences = []
-    for part in ("options", "optimizer"):
-        for name in sorted(saved[part].keys() | given[part].keys()):
-            before, now = saved[part].get(name), given[part].get(name)
+    for part in ("options", "optimizer", "extras"):
+        then = saved.get(part, {})  # no extras: a checkpoint from before there were any
+        for name in sorted(then.keys() | given[part].keys()):
+            before, now = then.get(name), given[part].get(name)
             if before != now:
                 differences.append(f"{name}: {before} -> {now}")
     for name in ("name", "resample_steps", "seed"):

@@ -15,8 +15,10 @@ from saeforge.errors import CheckpointError, ConfigError
 from saeforge.metrics import Reconstruction
 from saeforge.ops import Group
 from saeforge.sae import SAE
+from saeforge.schedules import Shape
 from saeforge.training.data import ActivationData, run_seed
 from saeforge.training.member import Member, Settings, check_identity
+from saeforge.training.whitening import Kind
 from saeforge.variants import RunSettings, Variant
 
 #: Rows that a variant may look at before the first step (Gao et al. 2024 take the geometric median of 32,768).
@@ -44,6 +46,16 @@ class SAEModule(LightningModule):
         cuda_graph: replay a step as one CUDA graph where that is possible (topk without dead latents on one GPU), which
             spares small SAEs the launching of kernels; the log says where it is not.
         seed: of the initial weights; null is seed_everything.
+        lr_warmup_shape: linear, or cosine from a tenth.
+        lr_decay_shape: linear or cosine.
+        target_l0: mean active latents per token that a controller steers to, by scaling the variant's sparsity
+            coefficient (l1_relu, gated); for top-k variants set k.
+        ema_half_life_steps: average the weights over optimizer steps, with this half-life, and validate and save the
+            average; null for none.
+        init_from: start from this SAE instead of random weights: a RUN or sae/ folder. The learning rate then warms up
+            over 1,000 steps or a tenth of the run.
+        whitening: train on decorrelated activations, zca or pca; the saved SAE reads raw ones.
+        whitening_shrinkage: share by which their covariance is drawn towards a multiple of the identity; null is 0.01.
     """
 
     def __init__(
@@ -60,6 +72,13 @@ class SAEModule(LightningModule):
         resample_steps: list[int] | None = None,
         cuda_graph: bool = False,
         seed: int | None = None,
+        lr_warmup_shape: Shape | None = None,
+        lr_decay_shape: Shape | None = None,
+        target_l0: float | None = None,
+        ema_half_life_steps: float | None = None,
+        init_from: str | SAE | None = None,
+        whitening: Kind | None = None,
+        whitening_shrinkage: float | None = None,
     ) -> None:
         super().__init__()
         settings = Settings(
@@ -72,6 +91,13 @@ class SAEModule(LightningModule):
             resample_steps=None if resample_steps is None else tuple(resample_steps),
             cuda_graph=cuda_graph,
             seed=run_seed(seed),
+            lr_warmup_shape=lr_warmup_shape,
+            lr_decay_shape=lr_decay_shape,
+            target_l0=target_l0,
+            ema_half_life_steps=ema_half_life_steps,
+            init_from=init_from,
+            whitening=whitening,
+            whitening_shrinkage=whitening_shrinkage,
         )
         widths = zip(*([d] if isinstance(d, int) else d for d in (d_in, d_out)), strict=True)
         self._members = nn.ModuleList(Member(variant(*pair), settings) for pair in widths)
@@ -127,10 +153,12 @@ class SAEModule(LightningModule):
             losses = [member.step(rows, self.global_step) for member in self.members]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def on_train_batch_end(self, outputs: Any, batch: Rows, batch_idx: int) -> None:
-        """Restores constraints where the optimizer does not know them."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's step and what follows it; callbacks, the one that saves among them, come after."""
+        step = self.global_step
+        super().optimizer_step(*args, **kwargs)
         for member in self.members:
-            member.constrain_()
+            member.after_step(step)
 
     def on_validation_epoch_start(self) -> None:
         """Folds the variants."""

@@ -49,10 +49,15 @@ class Resampling(Callback):
         if dead.numel() == 0:
             return
         generator = torch.Generator().manual_seed(step)
-        rows = draw_by_loss(variant.fold(), data.source, member.pair, dead.numel(), generator)
+        rows = draw_by_loss(member.fold(), data.source, member.pair, dead.numel(), generator)
         dead = dead[: len(rows.x)]  # a tiny dataset may have fewer rows than latents are dead
-        x, target = variant.scaled(Batch(rows.x.to(dead.device), rows.target.to(dead.device)))
-        for parameter in variant.reset_latents_(dead, x, target):
+        x = rows.x.to(dead.device)
+        batch = Batch(x, x if member.pair.targets == member.pair.inputs else rows.target.to(dead.device))
+        x, target = variant.scaled(batch if member.whitening is None else member.whitening(batch))
+        changed = variant.reset_latents_(dead, x, target)
+        if member.average is not None:
+            member.average.forget_(variant, changed, dead)
+        for parameter in changed:
             for value in member.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value[dead] = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,9 @@ from saeforge.training.run_folder import check_free
 from saeforge.training.trainer import SAETrainer
 from saeforge.variants import Variant
 
+#: What `training` may hold: SAEModule's options that `train` has no argument of its own for.
+_TRAINING = set(inspect.signature(SAEModule).parameters) - {"variant", "d_in", "d_out", "lr", "seed"}
+
 
 def train(
     x: Tensor | np.ndarray | Iterable[Tensor] | str | Path,
@@ -38,6 +42,7 @@ def train(
     run: str | Path | None = None,
     progress: bool | None = None,
     trainer: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
     **options: Any,
 ) -> SAE:
     """Trains an SAE and returns it.
@@ -56,6 +61,8 @@ def train(
         run: RUN folder to write; default: nothing is written.
         progress: show a progress bar; default: on a terminal.
         trainer: further arguments of Lightning's Trainer, e.g. `{"devices": 2, "strategy": "ddp"}`.
+        training: further options of the run (docs/training.md), as under `model` in a config, e.g.
+            `{"target_l0": 64, "ema_half_life_steps": 700, "init_from": sae}`.
         options: of the variant, e.g. `d_sae=4096, k=32`.
 
     Returns:
@@ -80,11 +87,14 @@ def train(
         # A small x still holds several batches per pass; 8 lanes divide every power of two from 8 on.
         while batch_size > 64 and batch_size * 4 > source.n_blocks("train") * source.block_rows("train"):
             batch_size = max(64, batch_size // 2 // 8 * 8)
+    training = training or {}
+    if unknown := sorted(training.keys() - _TRAINING):
+        raise ConfigError(f"training: unknown option {unknown[0]!r}; expected {', '.join(sorted(_TRAINING))}")
     seed_everything(seed, verbose=False)
     data = ActivationData.of(source, batch_size=batch_size, tokens=tokens, seed=seed)
     try:
         build = functools.partial(cls, **options)
-        module = SAEModule(build, data.d_in, data.d_out, lr=lr, seed=seed)
+        module = SAEModule(build, data.d_in, data.d_out, lr=lr, seed=seed, **training)
     except TypeError as error:
         raise ConfigError(f"variant {variant}: {error}") from error
     settings: dict[str, Any] = {

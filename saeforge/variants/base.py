@@ -433,8 +433,8 @@ class Variant(nn.Module, ABC):
         norms = torch.where(norms > 0, norms, 1.0)
         if sae.rule == "topk" and bool(norms.max() > 1.001 * norms.min()):
             log.warning(
-                "init_from: decoder rows of this top-k SAE have norms from %.3g to %.3g; they are set to 1, which changes "
-                "which latents are the k largest",
+                "init_from: decoder rows of this top-k SAE have norms from %.3g to %.3g; they are set to 1, so other "
+                "latents may be the k largest",
                 norms.min().item(),
                 norms.max().item(),
             )
@@ -488,7 +488,8 @@ def mean_norm_of_others(rows: Tensor, latents: Tensor) -> Tensor:
     """Mean norm, a scalar, of the rows (d_sae, d) that are not in `latents` (n,); of all, if none is left."""
     others = torch.ones(len(rows), dtype=torch.bool, device=latents.device)
     others[latents] = False
-    return (rows[others] if bool(others.any()) else rows).norm(dim=1).mean()
+    norms: Tensor = (rows[others] if bool(others.any()) else rows).norm(dim=1)
+    return norms.mean()
 
 
 @torch.no_grad()

@@ -60,7 +60,9 @@ class Gated(Variant):
     ) -> None:
         super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
         if l1 < 0 or not 0 <= l1_warmup_share <= 1:
-            raise ConfigError(f"l1 = {l1}, l1_warmup_share = {l1_warmup_share}: expected l1 >= 0 and a share between 0 and 1")
+            raise ConfigError(
+                f"l1 = {l1}, l1_warmup_share = {l1_warmup_share}: expected l1 >= 0 and a share between 0 and 1"
+            )
         self.l1, self.l1_warmup_share, self.pre_bias = l1, l1_warmup_share, pre_bias
         self.W_gate = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_gate = nn.Parameter(torch.zeros(d_sae))
@@ -144,7 +146,9 @@ class Gated(Variant):
         """
         weights = self.unfolded(sae)
         if weights.threshold is None:
-            raise ConfigError("init_from: Gated starts from SAEs with thresholds, this one has top-k; train variant topk")
+            raise ConfigError(
+                "init_from: Gated starts from SAEs with thresholds, this one has top-k; train variant topk"
+            )
         b_mag = weights.b_enc + weights.W_enc @ weights.b_dec if self.pre_bias else weights.b_enc
         self.W_gate.copy_(weights.W_enc)
         self.r_mag.zero_()

@@ -31,9 +31,8 @@ class L1ReLU(Variant):
     """ReLU latents under an L1 penalty weighted by decoder norms (Conerly et al., "Update on how we train SAEs", 2024).
 
     `f = ReLU(W_enc x + b_enc)`, `x_hat = f W_dec + b_dec`, loss `mean_rows(|x - x_hat|^2 + l1 sum_i f_i |w_dec_i|)`.
-    No norm constraint: the weighted penalty leaves nothing to gain from small rows. The paper resamples no latents; with
-    `model.resample_steps` dead ones start again. AuxK is not offered: a dead latent's value is ReLU(negative), and so is
-    its gradient, 0.
+    No norm constraint: the weighted penalty leaves nothing to gain from small rows. The paper resamples no latents;
+    `model.resample_steps` does. AuxK is not offered: a dead latent's ReLU is 0, and so is its gradient.
 
     Args:
         d_in: width of the input.

@@ -163,15 +163,19 @@ class TopK(Variant):
 
     @torch.no_grad()
     def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
-        """Decoder rows point at the rows; the encoder does too, at 0.2 of the mean norm of the other latents'."""
+        """Decoder rows point at the rows, the encoder at them without the pre-encoder bias, as long as the others'.
+
+        Not at 0.2 of that, as a ReLU's: a latent that is never among the k largest gets no gradient.
+        """
+        shifted = x - self.b_dec if self.pre_bias else x
         self.W_dec[latents] = F.normalize(target, dim=1)
-        self.W_enc[latents] = F.normalize(x, dim=1) * (0.2 * mean_norm_of_others(self.W_enc, latents))
+        self.W_enc[latents] = F.normalize(shifted, dim=1) * mean_norm_of_others(self.W_enc, latents)
         self.b_enc[latents] = 0.0
         return [self.W_dec, self.W_enc, self.b_enc]
 
     @torch.no_grad()
     def unfold_(self, sae: SAE) -> None:
-        """Exact for a top-k SAE of the same k with decoder rows of one norm; else the weights are taken, and it is logged.
+        """Exact for a top-k SAE of the same k with decoder rows of one norm; others give their weights; it is logged.
 
         Raises:
             ConfigError: other widths, or a skip connection.
