@@ -1,9 +1,12 @@
 """SAE variants. The class paths `saeforge.variants.TopK` etc. are stable: configs and checkpoints name them."""
 
 from saeforge.data.batch import Batch
+from saeforge.sae import SAE
+from saeforge.schedules import ramp
 from saeforge.variants.auxk import AuxK
 from saeforge.variants.base import (
     DataStatistics,
+    InputScale,
     OwnEncoder,
     Recipe,
     Resampled,
@@ -13,6 +16,7 @@ from saeforge.variants.base import (
     StepOutput,
     Unfolded,
     Variant,
+    check_pre_bias,
     geometric_median,
     random_unit_rows,
 )
@@ -21,10 +25,12 @@ from saeforge.variants.l1_relu import L1ReLU
 from saeforge.variants.topk import TopK
 
 __all__ = [
+    "SAE",
     "AuxK",
     "Batch",
     "DataStatistics",
     "Gated",
+    "InputScale",
     "L1ReLU",
     "OwnEncoder",
     "Recipe",
@@ -36,6 +42,8 @@ __all__ = [
     "TopK",
     "Unfolded",
     "Variant",
+    "check_pre_bias",
     "geometric_median",
+    "ramp",
     "random_unit_rows",
 ]
