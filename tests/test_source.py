@@ -198,6 +198,21 @@ def test_a_dataset_on_disk_is_read_by_the_loader_once_a_pass(dataset: Path) -> N
     assert sorted(held_out) == list(range(-2048, 0))
 
 
+def test_rows_in_memory_stay_with_their_neighbours_where_that_is_asked_for() -> None:
+    source = TensorSource(numbers(4096), unit=2)
+    plan = Plan(source.n_blocks("train"), source.block_rows("train"), 64, unit=source.unit)
+    pairs = [source.pairs[0].batch(rows) for rows in TrainLoader(source, plan, plan.batches_per_pass)]
+    for batch in pairs:
+        first, second = batch.x[:, 0].view(-1, 2).T
+        assert torch.equal(second, first + 1)
+        assert batch.group is not None
+        assert batch.group.tolist() == [row // 2 for row in range(64)]
+    order = torch.cat([batch.x[::2, 0] for batch in pairs])
+    assert not torch.equal(order, order.sort().values)
+    with pytest.raises(ConfigError, match="group_rows = 3: expected 1, 2, 4, 8 or 16"):
+        TensorSource(numbers(), unit=3)
+
+
 def test_a_dataset_tells_its_statistics_and_where_it_is_from(dataset: Path) -> None:
     source = ShardSource(str(dataset))
     assert source.statistics[0].mean == pytest.approx([2048.5] * D)

@@ -214,9 +214,10 @@ class TensorSource:
         target: (n, d_out) for a transcoder, or None.
         validation_share: share of rows held out.
         lanes: lanes of the plan that will read this; blocks are sized for it.
+        unit: so many consecutive rows belong together and stay so when rows are shuffled: 1, 2, 4, 8 or 16.
 
     Raises:
-        ConfigError: wrong shape or type. DatasetError: NaN or infinite values, too few rows.
+        ConfigError: wrong shape, type or unit. DatasetError: NaN or infinite values, too few rows.
     """
 
     def __init__(
@@ -226,14 +227,17 @@ class TensorSource:
         *,
         validation_share: float = 0.1,
         lanes: int = 8,
+        unit: int = 1,
     ) -> None:
+        if unit not in (1, 2, 4, 8, 16):
+            raise ConfigError(f"group_rows = {unit}: expected 1, 2, 4, 8 or 16")
         if not 0 <= validation_share < 1:
             raise ConfigError(f"validation_share = {validation_share}: expected a share from 0 up to, not including, 1")
         self.x = _rows(x, "X")
         self.y = None if target is None else _rows(target, "target")
         if self.y is not None and len(self.y) != len(self.x):
             raise ConfigError(f"X has {len(self.x)} rows and target {len(self.y)}; expected one target row per row")
-        self.unit = 1
+        self.unit = unit
         self._tensors = (self.x,) if self.y is None else (self.x, self.y)
         self.widths = tuple(tensor.shape[1] for tensor in self._tensors)
         self.dtypes = tuple(tensor.dtype for tensor in self._tensors)
@@ -257,7 +261,7 @@ class TensorSource:
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         self.fingerprint = digest.hexdigest()
         identity = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
-        self.pairs: tuple[Pair, ...] = (Pair("", (0,), (len(self._tensors) - 1,), identity),)
+        self.pairs: tuple[Pair, ...] = (Pair("", (0,), (len(self._tensors) - 1,), identity, unit),)
 
     def n_blocks(self, split: str) -> int:
         """See `BlockSource`."""

@@ -38,6 +38,7 @@ def train(
     lr: float | None = None,
     precision: str = "32-true",
     validation_share: float = 0.1,
+    group_rows: int = 1,
     seed: int = 0,
     run: str | Path | None = None,
     progress: bool | None = None,
@@ -57,6 +58,8 @@ def train(
         lr: learning rate; default: the variant's recipe.
         precision: "32-true" or "bf16-mixed".
         validation_share: share of x, if it is in memory, held out for the figures shown while training.
+        group_rows: so many consecutive rows of x, if it is in memory, stay together, for variants that see neighbours;
+            a dataset has its own (`saeforge harvest --group_rows`).
         seed: of weights and order.
         run: RUN folder to write; default: nothing is written.
         progress: show a progress bar; default: on a terminal.
@@ -79,11 +82,13 @@ def train(
     if isinstance(x, (str, Path)):
         if not isinstance(target, str | None):
             raise ConfigError("x is a dataset on disk, so target must be the name of one of its sites")
+        if group_rows != 1:
+            raise ConfigError("x is a dataset on disk, which has its own group_rows: leave it out")
         source = ShardSource(str(x), input=site, target=target)
     else:
         if isinstance(target, str) or site is not None:
             raise ConfigError("x is in memory, so target must be rows too, and site says nothing")
-        source = TensorSource(x, target, validation_share=validation_share)
+        source = TensorSource(x, target, validation_share=validation_share, unit=group_rows)
         # A small x still holds several batches per pass; 8 lanes divide every power of two from 8 on.
         while batch_size > 64 and batch_size * 4 > source.n_blocks("train") * source.block_rows("train"):
             batch_size = max(64, batch_size // 2 // 8 * 8)
