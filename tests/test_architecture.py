@@ -46,7 +46,7 @@ PLUGIN_CONTRACT = {"variants", "ops", "testing", "errors"}
 
 # What is behind `saeforge --help` and `saeforge variants` imports these at the top, beside the standard library.
 LIGHT_ROOMS = {"errors", "registry", PACKAGE}
-LIGHT_COMMANDS = {"saeforge.cli", "saeforge.cli.main", "saeforge.cli.variants"}
+LIGHT_COMMANDS = {"saeforge.cli", "saeforge.cli.main", "saeforge.cli.new_variant", "saeforge.cli.variants"}
 # LightningCLI must be subclassed at the top; every other command parses its options before anything heavy is loaded.
 HEAVY_COMMANDS = {"saeforge.cli.fit", "saeforge.cli.variant_names"}
 

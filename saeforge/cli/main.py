@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "features": ("saeforge.cli.features", "read the latents: what fires them, and which concept they are"),
     "steer": ("saeforge.cli.steer", "generate text with latents clamped, scaled or added, beside the plain text"),
     "variants": ("saeforge.cli.variants", "list the kinds of autoencoder: built-in ones and installed plugins"),
+    "new-variant": ("saeforge.cli.new_variant", "make a package with a variant of your own, working and tested"),
 }
 """name -> (module with `run(argv) -> int`, one line for `saeforge --help`)."""
 
