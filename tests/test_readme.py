@@ -35,6 +35,7 @@ SHORTER: dict[tuple[str, ...], list[str]] = {
     ("saeforge", "features", "search"): [],
     ("saeforge", "steer"): ["--max_new_tokens", "4"],
     ("saeforge", "variants"): [],
+    ("saeforge", "new-variant"): [],
 }
 SCRIPTS = {("bash", "scripts/quickstart.sh"), ("bash", "scripts/test.sh")}  # run by the slow test, and by CI
 

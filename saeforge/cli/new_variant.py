@@ -15,6 +15,7 @@ from saeforge.errors import ConfigError
 from saeforge.registry import VARIANTS
 
 KINDS = {"topk": "so many latents per token", "penalty": "ReLU latents under a penalty"}
+_TEST_OPTIONS = {"topk": '"k": 4', "penalty": '"strength": 0.2'}
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 
@@ -64,6 +65,7 @@ def new_variant(name: str, *, kind: str = "topk", into: str | Path = ".") -> Pat
         "class_name": class_name,
         "module": module,
         "distribution": folder.name,
+        "options": _TEST_OPTIONS[kind],
         "saeforge_version": __version__,
     }
     files = {
@@ -98,14 +100,14 @@ def _checked(given: str, kind: str) -> tuple[str, str]:
             f"name {given!r}: expected lower-case letters, digits and single underscores, like my_variant"
         )
     class_name = "".join(part.capitalize() for part in name.split("_"))
-    if keyword.iskeyword(class_name) or class_name in _imported_names(kind):
-        raise ConfigError(
-            f"name {given!r} makes a class {class_name}, a name that Python or the file uses; choose another"
-        )
     for record in VARIANTS.records():
         # The command line finds classes by their names too, whatever their case; so one name for two is asking for it.
         if name == record.name.replace("-", "_").lower() or class_name.lower() == record.object.lower():
             raise ConfigError(f"name {given!r} is taken by {record.origin}; choose another name")
+    if keyword.iskeyword(class_name) or class_name in _imported_names(kind):
+        raise ConfigError(
+            f"name {given!r} makes a class {class_name}, a name that Python or the file uses; choose another"
+        )
     return name, class_name
 
 
