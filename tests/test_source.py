@@ -223,12 +223,11 @@ def test_a_dataset_tells_its_statistics_and_where_it_is_from(dataset: Path) -> N
     assert source.pairs[0].identity["dataset"] == source.fingerprint == ShardSource(str(dataset)).fingerprint
 
 
-def test_a_target_site_is_read_beside_the_input(dataset: Path) -> None:
+def test_a_target_that_is_the_input_is_one_tensor(dataset: Path) -> None:
     source = ShardSource(str(dataset), target="blocks.3:out")
-    x, target = source.read_block("train", 3)
-    assert target is not None
-    assert torch.equal(x, target)
-    assert source.pairs[0].identity["target"] == source.pairs[0].identity["site"]
+    batch = source.pairs[0].batch(source.read_block("train", 3))
+    assert batch.target is batch.x
+    assert source.pairs[0].identity["target"] is None
 
 
 def test_a_dataset_without_held_out_rows_has_no_such_blocks(tmp_path: Path) -> None:

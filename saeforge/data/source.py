@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeforge.data.alignment import check_aligned
 from saeforge.data.batch import Batch
-from saeforge.data.manifest import SiteRecord
+from saeforge.data.choice import Choice, Place, SitesWanted, choose
+from saeforge.data.manifest import Manifest, SiteRecord, sha256_json
 from saeforge.data.moments import Moments, Statistics
 from saeforge.data.plan import permutation
 from saeforge.data.shards import ActivationDataset, load_manifest
@@ -136,45 +139,90 @@ def sample_blocks(source: BlockSource, rows: int) -> Rows:
 
 
 class ShardSource:
-    """An activation dataset on disk.
+    """Activation datasets on disk: one, or several of the same tokens in the same order.
 
     Args:
-        path: the dataset's folder or URL.
-        input: site to read; may be omitted if the dataset has one.
-        target: site to reconstruct (a transcoder); None: the input.
+        path: the dataset's folder or URL; None where `input` and `target` name theirs.
+        input: site to read (may be omitted if the dataset has one), or a list of sites side by side; see
+            `saeforge.data.choice`.
+        target: what to reconstruct (a transcoder), in the same way; None: the input.
         sites: instead of `input` and `target`, the sites that train an SAE each; names or patterns like `resid_post.*`.
 
     Raises:
-        DatasetError: missing or damaged dataset, unknown site.
+        ConfigError: an input and target that do not fit each other.
+        DatasetError: missing or damaged dataset, unknown site, datasets whose rows are not the same tokens.
     """
 
     def __init__(
-        self, path: str, *, input: str | None = None, target: str | None = None, sites: Sequence[str] = ()
+        self,
+        path: str | None,
+        *,
+        input: SitesWanted = None,
+        target: SitesWanted = None,
+        sites: Sequence[str] = (),
     ) -> None:
-        wanted = match_sites(path, sites) if sites else [input, *([] if target is None else [target])]
-        self.datasets = [ActivationDataset.open(path, site=site) for site in wanted]
+        manifests: dict[str, Manifest] = {}
+
+        def load(folder: str) -> Manifest:
+            if folder not in manifests:
+                manifests[folder] = load_manifest(open_storage(folder))
+            return manifests[folder]
+
+        if sites and path is not None:
+            wanted = [Place(path, load(path).site(site, root=path)) for site in match_sites(path, sites)]
+            choices: tuple[Choice, ...] = tuple(Choice((place,), (place,)) for place in wanted)
+        else:
+            choices = choose(path, input, target, load)
+        places = {place.key: place for choice in choices for place in (*choice.inputs, *choice.targets)}
+        numbers = {key: number for number, key in enumerate(places)}
+        self.datasets = [ActivationDataset.open(place.path, site=place.site.id) for place in places.values()]
+        check_aligned(self.datasets)
         first = self.datasets[0]
         self.manifest = first.manifest
-        self.fingerprint = first.fingerprint
+        fingerprints = list(dict.fromkeys(dataset.fingerprint for dataset in self.datasets))
+        self.fingerprint = fingerprints[0] if len(fingerprints) == 1 else sha256_json(fingerprints)
         self.unit = int(self.manifest.shuffle.get("group_rows", 1))
         self.widths = tuple(dataset.d for dataset in self.datasets)
         self.dtypes = tuple(dataset.dtype for dataset in self.datasets)
         self.statistics = tuple(dataset.site.statistics for dataset in self.datasets)
+        self.pairs = tuple(
+            self._pair(*(tuple(numbers[place.key] for place in part) for part in (choice.inputs, choice.targets)))
+            for choice in choices
+        )
+        if len(self.pairs) > 1:
+            named = [short_name(self.datasets[pair.inputs[0]].site) for pair in self.pairs]
+            self.pairs = tuple(replace(pair, name=name) for pair, name in zip(self.pairs, named, strict=True))
+
+    def _pair(self, inputs: tuple[int, ...], targets: tuple[int, ...]) -> Pair:
+        """One SAE, with what it will remember of its data."""
+        used = [self.datasets[number] for number in dict.fromkeys(inputs + targets)]
+        first, fingerprints = used[0], {dataset.fingerprint for dataset in used}
         common = {"dataset": self.fingerprint, "dataset_path": first.location}
-        named = [describe_site(dataset.site) for dataset in self.datasets]
-
-        def identity(site: dict[str, Any], target: dict[str, Any] | None) -> dict[str, Any]:
-            return {"model": self.manifest.model, "site": site, "target": target, **common}
-
-        if sites:
-            self.pairs = tuple(
-                Pair(short_name(dataset.site) if len(named) > 1 else "", (i,), (i,), identity(site, None), self.unit)
-                for i, (dataset, site) in enumerate(zip(self.datasets, named, strict=True))
-            )
+        if len(inputs) == len(targets) == len(fingerprints) == 1:
+            site, target = (describe_site(self.datasets[number].site) for number in inputs + targets)
+            model = first.manifest.model
+            described = {"model": model, "site": site, "target": None if targets == inputs else target, **common}
         else:
-            self.pairs = (
-                Pair("", (0,), (len(named) - 1,), identity(named[0], named[1] if target else None), self.unit),
-            )
+            models = [dataset.manifest.model for dataset in used]
+            described = {
+                "model": models[0] if all(model == models[0] for model in models) else None,
+                "site": None,
+                "target": None,
+                "sources": [self._part(number) for number in inputs],
+                "targets": None if targets == inputs else [self._part(number) for number in targets],
+                **common,
+            }
+        return Pair("", inputs, targets, described, self.unit)
+
+    def _part(self, number: int) -> dict[str, Any]:
+        dataset = self.datasets[number]
+        return {
+            **describe_part(dataset.d, dataset.site.statistics),
+            "model": dataset.manifest.model,
+            "site": describe_site(dataset.site),
+            "dataset": dataset.fingerprint,
+            "dataset_path": dataset.location,
+        }
 
     def n_blocks(self, split: str) -> int:
         """See `BlockSource`."""
@@ -210,8 +258,8 @@ class TensorSource:
     """Rows in memory; the last share of a seeded permutation of blocks is held out for validation.
 
     Args:
-        x: (n, d_in) tensor, array, or an iterable of such chunks.
-        target: (n, d_out) for a transcoder, or None.
+        x: (n, d_in) tensor, array, or an iterable of such chunks; a tuple of these: sources side by side.
+        target: (n, d_out) for a transcoder, in the same ways, or None.
         validation_share: share of rows held out.
         lanes: lanes of the plan that will read this; blocks are sized for it.
         unit: so many consecutive rows belong together and stay so when rows are shuffled: 1, 2, 4, 8 or 16.
@@ -222,8 +270,8 @@ class TensorSource:
 
     def __init__(
         self,
-        x: Tensor | np.ndarray | Iterable[Tensor],
-        target: Tensor | np.ndarray | None = None,
+        x: Any,
+        target: Any = None,
         *,
         validation_share: float = 0.1,
         lanes: int = 8,
@@ -233,12 +281,13 @@ class TensorSource:
             raise ConfigError(f"group_rows = {unit}: expected 1, 2, 4, 8 or 16")
         if not 0 <= validation_share < 1:
             raise ConfigError(f"validation_share = {validation_share}: expected a share from 0 up to, not including, 1")
-        self.x = _rows(x, "X")
-        self.y = None if target is None else _rows(target, "target")
-        if self.y is not None and len(self.y) != len(self.x):
-            raise ConfigError(f"X has {len(self.x)} rows and target {len(self.y)}; expected one target row per row")
+        inputs = _sources(x, "X")
+        targets = () if target is None else _sources(target, "target")
+        self.x = inputs[0]
+        if targets and len(targets[0]) != len(self.x):
+            raise ConfigError(f"X has {len(self.x)} rows and target {len(targets[0])}; expected one target row per row")
         self.unit = unit
-        self._tensors = (self.x,) if self.y is None else (self.x, self.y)
+        self._tensors = inputs + targets
         self.widths = tuple(tensor.shape[1] for tensor in self._tensors)
         self.dtypes = tuple(tensor.dtype for tensor in self._tensors)
         rows = MIN_BLOCK_ROWS
@@ -256,12 +305,19 @@ class TensorSource:
         self._blocks = {"train": order[: total - held_out], "validation": order[total - held_out :]}
         self._rows = rows
         self.statistics = self._statistics()
-        digest = hashlib.sha256(repr((tuple(self.x.shape), str(self.x.dtype))).encode())
+        shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in inputs]
+        digest = hashlib.sha256(repr(shapes[0] if len(shapes) == 1 else shapes).encode())
         for tensor in self._tensors:
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         self.fingerprint = digest.hexdigest()
-        identity = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
-        self.pairs: tuple[Pair, ...] = (Pair("", (0,), (len(self._tensors) - 1,), identity, unit),)
+        identity: dict[str, Any] = {"model": None, "site": None, "target": None, "dataset": self.fingerprint}
+        reads = tuple(range(len(inputs)))
+        writes = tuple(range(len(inputs), len(self._tensors))) or reads
+        if len(reads) > 1 or len(writes) > 1:
+            described = [describe_part(*part) for part in zip(self.widths, self.statistics, strict=True)]
+            identity["sources"] = described[: len(reads)]
+            identity["targets"] = described[len(reads) :] or None
+        self.pairs: tuple[Pair, ...] = (Pair("", reads, writes, identity, unit),)
 
     def n_blocks(self, split: str) -> int:
         """See `BlockSource`."""
@@ -300,6 +356,11 @@ class TensorSource:
         return tuple(part.statistics() for part in moments)
 
 
+def describe_part(d: int, statistics: Statistics) -> dict[str, Any]:
+    """What an SAE of several sources remembers of each: its width, and the root mean square norm of its rows."""
+    return {"d": d, "rms_norm": math.sqrt(statistics.mean_square_norm)}
+
+
 def match_sites(path: str, patterns: Sequence[str]) -> list[str]:
     """Ids of the sites of a dataset that have a name (id, alias, folder) like one of `patterns`, in its order.
 
@@ -322,6 +383,22 @@ def describe_site(site: SiteRecord) -> dict[str, Any]:
 def short_name(site: SiteRecord) -> str:
     """A name for a folder and for a logger: what the user called the site, or its id without the colon."""
     return (site.alias or site.id).replace(":", ".")
+
+
+def _sources(data: Any, name: str) -> Rows:
+    """One tensor, or those of a tuple, equally long."""
+    if not isinstance(data, tuple):
+        return (_rows(data, name),)
+    if not data:
+        raise ConfigError(f"{name} is an empty list; give at least one source")
+    parts = tuple(_rows(part, f"{name}[{number}]") for number, part in enumerate(data))
+    for number, part in enumerate(parts):
+        if len(part) != len(parts[0]):
+            raise ConfigError(
+                f"{name}[{number}] has {len(part)} rows, {name}[0] {len(parts[0])}: sources side by side need one row "
+                "of each per token; chunks of one source are given as an iterator, iter([...])"
+            )
+    return parts
 
 
 def _rows(data: Any, name: str) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeforge.data.choice import SitesWanted
 from saeforge.data.layout import bucket_permutation
 from saeforge.data.manifest import Manifest, sha256_json
 from saeforge.data.moments import Moments
@@ -57,13 +58,22 @@ class LiveSource:
         write: keep the blocks that are made, as shards.
         validation_rows: held-out rows to make before training begins.
         lanes: of the plan that will read this: each needs a block.
+        input: what the SAEs read and
+        target: reconstruct (`saeforge.data.choice`), of the sites in `config`; None: an SAE for each of these.
 
     Raises:
         ConfigError, DatasetError: as `saeforge.harvest`; too little text for one block a lane.
     """
 
     def __init__(
-        self, config: HarvestConfig, *, write: bool = False, validation_rows: int = 65_536, lanes: int = 1
+        self,
+        config: HarvestConfig,
+        *,
+        write: bool = False,
+        validation_rows: int = 65_536,
+        lanes: int = 1,
+        input: SitesWanted = None,
+        target: SitesWanted = None,
     ) -> None:
         if config.bucket_rows is None:
             config = dataclasses.replace(config, bucket_rows=default_block_rows(config))
@@ -94,14 +104,19 @@ class LiveSource:
         self._retaken, self._made, self._closed = 0, 0, False
         self._sample = self._take_sample()
         moments = [Moments.of(rows.float().numpy()) for rows in self._sample]
-        self.statistics = tuple(part.statistics() for part in moments)
         with self._folder.alone():
             manifest = self._hold_out(validation_rows, device, moments)
-        sites = self._writer.sites
-        self.widths = tuple(site.d for site in sites)
-        self.dtypes = tuple(DTYPES[site.dtype] for site in sites)
         self.fingerprint = sha256_json([self._folder.sha256, self._folder.card["plan"], self._prepared.record["files"]])
-        self._held_out = ShardSource(str(self._folder.root), sites=[site.id for site in sites])
+        root, sites = str(self._folder.root), [site.id for site in self._writer.sites]
+        if input is None:
+            self._held_out = ShardSource(root, sites=sites)
+        else:
+            self._held_out = ShardSource(root, input=input, target=target)
+        # Tensors are numbered as the held-out dataset's are; the model makes them in the order of the harvest.
+        self._order = [sites.index(dataset.site.id) for dataset in self._held_out.datasets]
+        self.widths, self.dtypes = self._held_out.widths, self._held_out.dtypes
+        self._sample = tuple(self._sample[number] for number in self._order)
+        self.statistics = tuple(moments[number].statistics() for number in self._order)
         self.pairs: tuple[Pair, ...] = tuple(
             dataclasses.replace(pair, identity={**pair.identity, "dataset": self.fingerprint, "live": True})
             for pair in self._held_out.pairs
@@ -136,7 +151,8 @@ class LiveSource:
                 raise DatasetError(
                     f"the live source of {self._folder.root} was closed when its run ended; make a new ActivationData"
                 )
-            parts = self._block(index)
+            made = self._block(index)
+        parts = [made[number] for number in self._order]
         rows = self._writer.bucket_rows
         if into is None:
             into = tuple(torch.empty(rows, part.shape[1], dtype=part.dtype) for part in parts)

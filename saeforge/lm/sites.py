@@ -4,7 +4,8 @@ A site id is `module.path:in` (the module's first input) or `module.path:out` (i
 Paths are those of the base model (`AutoModel`); the prefix of a head model (`model.`, `transformer.`) is accepted.
 
 Aliases, K being a layer: `resid_pre.K`, `resid_post.K`, `attn_out.K`, `mlp_out.K`, and TransformerLens'
-`blocks.K.hook_resid_pre` and so on. An alias means what is added to, or stands in, the residual stream.
+`blocks.K.hook_resid_pre` and so on. An alias means what is added to, or stands in, the residual stream. `mlp_in.K` is what
+the MLP reads, after its norm: the input of a transcoder to `mlp_out.K`.
 
 `*`, `?` and `[...]` in a name or alias stand for several sites: `resid_post.*`, `resid_post.[0-3]`, `layers.*.mlp`.
 """
@@ -21,11 +22,12 @@ from torch import nn
 
 from saeforge.errors import ConfigError
 
-_KINDS = ("resid_pre", "resid_post", "resid_mid", "attn_out", "mlp_out")
+_KINDS = ("resid_pre", "resid_post", "resid_mid", "attn_out", "mlp_in", "mlp_out")
 _ALIAS = re.compile(rf"(?:blocks\.(\d+)\.hook_(\w+)|({'|'.join(_KINDS)})\.(\d+))")
 # In order of preference: the child of a layer whose output is added to the residual stream.
 _ATTENTION = ("attention.output.dense", "self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "ffn", "output.dense")
+_MLP_IN = ("mlp", "feed_forward", "ffn", "intermediate")
 # Their attention and MLP modules add the residual themselves, so that the module's output is not what is added.
 _ADD_RESIDUAL_INSIDE = ("bloom", "mpt")
 
@@ -148,6 +150,10 @@ def _expand(name: str, kind: str, layer: str, modules: dict[str, nn.Module], mod
         return layer, "in"
     if kind == "resid_post":
         return layer, "out"
+    if kind == "mlp_in" and not name.startswith("blocks."):  # TransformerLens' hook_mlp_in is before the norm
+        for child in _MLP_IN:
+            if f"{layer}.{child}" in modules:
+                return f"{layer}.{child}", "in"
     if kind in ("attn_out", "mlp_out") and model_type not in _ADD_RESIDUAL_INSIDE:
         if f"{layer}.post_feedforward_layernorm" in modules:
             # Sandwich norms (Gemma 2 and 3, OLMo 2): what is added is the output of the norm after the sublayer.

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
+from saeforge.data.choice import SitesWanted, names_in
 from saeforge.data.loader import TrainLoader, ValidationLoader
 from saeforge.data.plain import PlainTarSource
 from saeforge.data.plan import Plan
@@ -33,10 +34,12 @@ class ActivationData(LightningDataModule):
         path: folder or URL of the dataset; plain webdataset tars of .npy members (`acts/*.tar`); with source live, the
             folder that gets the tokens and held-out rows (null: RUN/data).
         source: shards, or live: the model runs while the SAEs train, one forward pass for all sites.
-        input: site to read, if the dataset has several.
-        target: site to reconstruct from the input (a transcoder); null reconstructs the input.
+        input: site to read, if the dataset has several; a list of sites side by side (a crosscoder), where PATH#SITE is
+            one of another dataset of the same tokens; or a pattern like 'mlp_in.*' with one as target.
+        target: site, or list, to reconstruct from the input (a transcoder); null reconstructs the input; a pattern
+            like 'mlp_out.*' trains a transcoder for each layer.
         sites: instead of input and target, the sites that get an SAE each, all trained together; names or patterns like
-            'resid_post.*'. With source live, those of the model.
+            'resid_post.*'. With source live all sites are those of the model.
         model: with source live, the language model, as in `saeforge harvest`.
         text: with source live, the text, as in `saeforge harvest`.
         write: with source live, keep the activations as shards on the way.
@@ -54,8 +57,8 @@ class ActivationData(LightningDataModule):
         self,
         path: str | None = None,
         source: Literal["shards", "live"] = "shards",
-        input: str | None = None,
-        target: str | None = None,
+        input: str | list[str] | None = None,
+        target: str | list[str] | None = None,
         sites: str | list[str] | None = None,
         model: str | None = None,
         text: str | None = None,
@@ -75,8 +78,8 @@ class ActivationData(LightningDataModule):
         live = {"model": model, "text": text, "write": write, "harvest": harvest}
         opened: BlockSource
         if source == "live":
-            if input is not None or target is not None or not sites:
-                raise ConfigError("data.source = live needs data.sites, not data.input or data.target")
+            if not sites and input is None:
+                raise ConfigError("data.source = live needs data.sites (an SAE for each), or data.input")
             if window_blocks not in (None, 1):
                 raise ConfigError(
                     f"data.window_blocks = {window_blocks}: a live block is large, and shuffled already; leave it out, "
@@ -84,13 +87,22 @@ class ActivationData(LightningDataModule):
                 )
             window_blocks = 1
             opened = open_live(
-                path, sites, model, text, harvest, write=write, validation_rows=validation_rows, lanes=lanes
+                path,
+                sites or [],
+                model,
+                text,
+                harvest,
+                write=write,
+                validation_rows=validation_rows,
+                lanes=lanes,
+                input=input,
+                target=target,
             )
         elif given := [name for name, value in live.items() if value]:
             raise ConfigError(f"data.{given[0]} is for data.source = live; a dataset on disk has its model and text")
-        elif path is None:
+        elif path is None and not any("#" in name for name in names_in(input)):
             raise ConfigError("data.path is missing: give what `saeforge harvest` wrote, or --data.source live")
-        elif path.endswith(".tar") or any(character in path for character in "*?{"):
+        elif path is not None and (path.endswith(".tar") or any(character in path for character in "*?{")):
             if input is not None or target is not None or sites:
                 raise ConfigError(
                     f"data.path = {path} is plain tars, which name no sites: leave out data.input and such"
@@ -248,8 +260,10 @@ def open_live(
     write: bool,
     validation_rows: int,
     lanes: int,
+    input: SitesWanted = None,
+    target: SitesWanted = None,
 ) -> BlockSource:
-    """The live source behind `data.source = live`.
+    """The live source behind `data.source = live`: of `sites`, an SAE each, or of `input` and `target`.
 
     Raises:
         ConfigError: no model or folder, or a wrong option.
@@ -262,12 +276,19 @@ def open_live(
     clash = sorted({"model", "sites", "out", "text"} & set(harvest or {}))
     if clash:
         raise ConfigError(f"data.harvest.{clash[0]} is given twice: set data.{clash[0].replace('out', 'path')}")
-    options = {"model": model, "sites": sites, "out": path, **(harvest or {})}
+    foreign = [name for name in (*names_in(input), *names_in(target)) if "#" in name]
+    if foreign:
+        raise ConfigError(
+            f"data.input {foreign[0]!r}: with data.source = live all sites are of one model; leave out PATH#"
+        )
+    wanted = sites or list(dict.fromkeys([*names_in(input), *names_in(target)]))
+    options = {"model": model, "sites": wanted, "out": path, **(harvest or {})}
     if text is not None:
         options["text"] = text
     try:
         config = HarvestConfig.build(None, options)
-        return LiveSource(config, write=write, validation_rows=validation_rows, lanes=lanes)
+        choice = {} if sites else {"input": input, "target": target}
+        return LiveSource(config, write=write, validation_rows=validation_rows, lanes=lanes, **choice)
     except SaeforgeError as error:  # whose advice is for the command `saeforge harvest`
         advice = str(error).replace("--overwrite", "--data.harvest.overwrite").replace("--out", "--data.path")
         raise type(error)(advice) from error

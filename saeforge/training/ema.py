@@ -7,26 +7,30 @@ start: after t steps the average is sum_i b^(t-i) w_i / sum_i b^(t-i), i = 1..t,
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from saeforge.errors import ConfigError
+from saeforge.training.skip import Skip
 from saeforge.variants import Variant
+
+Averaged = TypeVar("Averaged", Variant, Skip)
 
 
 class WeightAverage(nn.Module):
     """fp32 shadows of the trainable parameters, on their device and in checkpoints.
 
     Args:
-        variant: whose weights are averaged.
+        variant: whose weights are averaged; or the skip path beside one.
         half_life_steps: optimizer steps after which a step's weights count half.
 
     Raises:
         ConfigError: a half-life that is not positive.
     """
 
-    def __init__(self, variant: Variant, half_life_steps: float) -> None:
+    def __init__(self, variant: Variant | Skip, half_life_steps: float) -> None:
         super().__init__()
         if not half_life_steps > 0:
             raise ConfigError(
@@ -43,7 +47,7 @@ class WeightAverage(nn.Module):
         return [self.get_buffer(f"shadow_{number}") for number in range(len(self._names))]
 
     @torch.no_grad()
-    def update(self, variant: Variant, step: int) -> None:
+    def update(self, variant: Variant | Skip, step: int) -> None:
         """Takes the weights in after optimizer step `step` (from 0 on): the first of a run replaces what was there."""
         # (1 - b) / (1 - b^t) with t = step + 1; the shadow of step 0 becomes the weights themselves.
         weight = (1.0 - self._decay) / (1.0 - self._decay ** (step + 1))
@@ -57,7 +61,7 @@ class WeightAverage(nn.Module):
                 shadow[latents] = parameter[latents]
 
     @torch.no_grad()
-    def averaged(self, variant: Variant) -> Variant:
+    def averaged(self, variant: Averaged) -> Averaged:
         """A copy of the variant with the averaged weights, constraints restored (a mean of unit rows is shorter)."""
         other = copy.deepcopy(variant)
         for parameter, shadow in zip(other.parameters(), self.shadows(), strict=True):

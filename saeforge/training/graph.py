@@ -68,6 +68,8 @@ class GraphedStep:
             return f"{run.group.size} devices share the batch"
         if batch.weight is not None:
             return "rows have weights"
+        if batch.target.requires_grad:
+            return "the target carries the gradient of a skip path"
         if self._variant.schedules(run.total_steps):
             return f"{type(self._variant).__name__} has schedules, and a graph repeats its numbers"
         if self._ragged:

@@ -26,6 +26,7 @@ from saeforge.training.ema import WeightAverage
 from saeforge.training.graph import GraphedStep
 from saeforge.training.init_from import check_offered, described, open_sae, warmup_steps
 from saeforge.training.readout import ReadOut
+from saeforge.training.skip import Skip
 from saeforge.training.target_l0 import TargetL0
 from saeforge.training.whitening import DEFAULT_SHRINKAGE, Kind, Whitening
 from saeforge.variants import DataStatistics, Resampled, RunSettings, Variant
@@ -43,6 +44,7 @@ class Settings:
     dead_after_tokens: int | None = None
     resample_steps: tuple[int, ...] | None = None
     cuda_graph: bool = False
+    skip: bool = False
     seed: int = 0
     lr_warmup_shape: Shape | None = None
     lr_decay_shape: Shape | None = None
@@ -92,6 +94,8 @@ class Member(nn.Module):
         self.target_l0 = None if settings.target_l0 is None else TargetL0(variant, settings.target_l0)
         half_life = settings.ema_half_life_steps
         self.average = None if half_life is None else WeightAverage(variant, half_life)
+        self.skip = Skip(variant.d_in, variant.d_out) if settings.skip else None
+        self.skip_average = None if half_life is None or self.skip is None else WeightAverage(self.skip, half_life)
         shrinkage = DEFAULT_SHRINKAGE if settings.whitening_shrinkage is None else settings.whitening_shrinkage
         self.whitening = None if settings.whitening is None else Whitening(variant, settings.whitening, shrinkage)
         self._graphed = GraphedStep(variant) if settings.cuda_graph else None
@@ -111,15 +115,26 @@ class Member(nn.Module):
             pair: which tensors of the data it learns.
             statistics: of all tensors of the data.
             run: settings of the run.
+
+        Raises:
+            ConfigError: a skip path for an SAE that reconstructs its input.
         """
         of_input, of_target = (tuple(statistics[number] for number in part) for part in (pair.inputs, pair.targets))
         if len(of_input) > 1:
             run = replace(run, sources=tuple(len(part.mean) for part in of_input))
+        if len(of_target) > 1:
+            run = replace(run, target_sources=tuple(len(part.mean) for part in of_target))
         self.pair, self._run = pair, run
         self._statistics = DataStatistics(
             Statistics.beside(of_input), Statistics.beside(of_target), of_input, of_target
         )
         self.total_variance = sum(self._statistics.target.variance)
+        if self.skip is not None:
+            if pair.targets == pair.inputs:
+                raise ConfigError(
+                    "model.skip = true, but the target is the input, which the skip path would copy; give data.target "
+                    "(a transcoder), or leave skip out"
+                )
         self.variant.bind(run)
         self._schedules = self.variant.schedules(run.total_steps)
         if self.target_l0 is not None:
@@ -142,14 +157,20 @@ class Member(nn.Module):
         if self.whitening is not None:
             statistics, (x, target, *_) = self.whitening.fit(statistics, x, target)
             self.total_variance = sum(statistics.target.variance)
+        if self.skip is not None:
+            self.skip.center(statistics.input)
         self.variant.initialise(statistics, x, target, generator)
         if self.settings.init_from is not None:
             sae = open_sae(self.settings.init_from, self.pair.name)
-            self.variant.unfold_(sae if self.whitening is None else self.whitening.unfold(sae))  # type: ignore[operator]
+            sae = sae if self.whitening is None else self.whitening.unfold(sae)
+            sae = sae if self.skip is None else self.skip.unfold_(sae, self.variant)
+            self.variant.unfold_(sae)  # type: ignore[operator]
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """RowAdam after the variant's recipe, or the optimizer that was asked for."""
         groups = self.variant.param_groups()
+        if self.skip is not None:
+            groups = [*groups, {"params": [self.skip.W_skip], "constraint": None}]
         if self.settings.optimizer is None:
             self.optimizer = RowAdam(groups, **self.optimizer_settings())
         else:
@@ -203,8 +224,13 @@ class Member(nn.Module):
 
     def batch(self, rows: Rows) -> Batch:
         """What the variant sees of the data's tensors."""
-        batch = self.pair.batch(rows)
-        return batch if self.whitening is None else self.whitening(batch)
+        return self.seen(self.pair.batch(rows))
+
+    def seen(self, batch: Batch) -> Batch:
+        """What the variant sees of a batch: whitened, and behind a skip path what that leaves of the target."""
+        if self.whitening is not None:
+            batch = self.whitening(batch)
+        return batch if self.skip is None else self.skip.rest(batch, self.variant)
 
     def steered(self, values: dict[str, float]) -> dict[str, Any]:
         """The scheduled values with the sparsity coefficient as `target_l0` scales it, a scalar tensor."""
@@ -222,10 +248,15 @@ class Member(nn.Module):
             self.target_l0.update(values[self.target_l0.schedule], values["lr_factor"])
         if self.average is not None:
             self.average.update(self.variant, step)
+        if self.skip is not None and self.skip_average is not None:
+            self.skip_average.update(self.skip, step)
 
     def fold(self) -> SAE:
         """The plain SAE on raw activations as it is now: of the averaged weights, if there are some."""
         sae = (self.variant if self.average is None else self.average.averaged(self.variant)).fold()
+        if self.skip is not None:
+            skip = self.skip if self.skip_average is None else self.skip_average.averaged(self.skip)
+            sae = skip.fold_into(sae, self.variant)
         return sae if self.whitening is None else self.whitening.fold(sae)
 
     # Validation: the folded SAE on held-out documents, exactly what a user of the SAE will get ---------------------
@@ -277,6 +308,7 @@ class Member(nn.Module):
                 **{key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
             },
             "resample_steps": list(self.resample_steps),
+            "skip": self.settings.skip,
             "seed": self.settings.seed,
             "extras": self._extras(),
         }
@@ -335,8 +367,8 @@ def check_identity(saved: dict[str, Any], given: dict[str, Any]) -> None:
             before, now = then.get(name), given[part].get(name)
             if before != now:
                 differences.append(f"{name}: {before} -> {now}")
-    for name in ("name", "resample_steps", "seed"):
-        if saved.get(name) != given[name]:
+    for name in ("name", "resample_steps", "skip", "seed"):
+        if saved.get(name, False if name == "skip" else None) != given[name]:
             differences.append(f"{name}: {saved.get(name)} -> {given[name]}")
     if differences:
         raise CheckpointError(

@@ -45,6 +45,7 @@ class SAEModule(LightningModule):
             variants that offer it (gated).
         cuda_graph: replay a step as one CUDA graph where that is possible (topk without dead latents on one GPU), which
             spares small SAEs the launching of kernels; the log says where it is not.
+        skip: learn `W_skip x` beside the SAE (a skip transcoder), for any variant; needs data.target.
         seed: of the initial weights; null is seed_everything.
         lr_warmup_shape: linear, or cosine from a tenth.
         lr_decay_shape: linear or cosine.
@@ -71,6 +72,7 @@ class SAEModule(LightningModule):
         dead_after_tokens: int | None = None,
         resample_steps: list[int] | None = None,
         cuda_graph: bool = False,
+        skip: bool = False,
         seed: int | None = None,
         lr_warmup_shape: Shape | None = None,
         lr_decay_shape: Shape | None = None,
@@ -90,6 +92,7 @@ class SAEModule(LightningModule):
             dead_after_tokens=dead_after_tokens,
             resample_steps=None if resample_steps is None else tuple(resample_steps),
             cuda_graph=cuda_graph,
+            skip=skip,
             seed=run_seed(seed),
             lr_warmup_shape=lr_warmup_shape,
             lr_decay_shape=lr_decay_shape,

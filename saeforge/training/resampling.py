@@ -53,7 +53,8 @@ class Resampling(Callback):
         dead = dead[: len(rows.x)]  # a tiny dataset may have fewer rows than latents are dead
         x = rows.x.to(dead.device)
         batch = Batch(x, x if member.pair.targets == member.pair.inputs else rows.target.to(dead.device))
-        x, target = variant.scaled(batch if member.whitening is None else member.whitening(batch))
+        with torch.no_grad():
+            x, target = variant.scaled(member.seen(batch))
         changed = variant.reset_latents_(dead, x, target)
         if member.average is not None:
             member.average.forget_(variant, changed, dead)

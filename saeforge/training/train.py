@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch import seed_everything
@@ -28,11 +28,11 @@ _TRAINING = set(inspect.signature(SAEModule).parameters) - {"variant", "d_in", "
 
 
 def train(
-    x: Tensor | np.ndarray | Iterable[Tensor] | str | Path,
+    x: Tensor | np.ndarray | Iterable[Tensor] | Sequence[Tensor] | str | Path,
     *,
     variant: str | type[Variant] = "topk",
-    target: Tensor | np.ndarray | str | None = None,
-    site: str | None = None,
+    target: Tensor | np.ndarray | Sequence[Tensor] | str | list[str] | None = None,
+    site: str | list[str] | None = None,
     tokens: int | None = None,
     batch_size: int = 4096,
     lr: float | None = None,
@@ -49,10 +49,12 @@ def train(
     """Trains an SAE and returns it.
 
     Args:
-        x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk.
+        x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk. A list or
+            tuple of tensors or arrays: several sources side by side, row i of each the same token (a crosscoder).
         variant: entry-point name or class.
-        target: (n, d_out) to reconstruct instead of x (a transcoder); for a dataset, the name of that site.
-        site: of a dataset that has several, the one to read.
+        target: (n, d_out) to reconstruct instead of x (a transcoder), or a list; for a dataset, the name of that site.
+        site: of a dataset that has several, the one to read, or a list of sites side by side; "PATH#SITE" is one of
+            another dataset of the same tokens.
         tokens: length of the run; default: one pass, at least 2,000 steps.
         batch_size: rows of an optimizer step. Smaller than given if x is small.
         lr: learning rate; default: the variant's recipe.
@@ -65,7 +67,7 @@ def train(
         progress: show a progress bar; default: on a terminal.
         trainer: further arguments of Lightning's Trainer, e.g. `{"devices": 2, "strategy": "ddp"}`.
         training: further options of the run (docs/training.md), as under `model` in a config, e.g.
-            `{"target_l0": 64, "ema_half_life_steps": 700, "init_from": sae}`.
+            `{"target_l0": 64, "ema_half_life_steps": 700, "init_from": sae, "skip": True}`.
         options: of the variant, e.g. `d_sae=4096, k=32`.
 
     Returns:
@@ -80,15 +82,21 @@ def train(
     cls = VARIANTS.load(variant) if isinstance(variant, str) else variant
     source: BlockSource
     if isinstance(x, (str, Path)):
-        if not isinstance(target, str | None):
+        names = [target] if isinstance(target, str) else target
+        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
             raise ConfigError("x is a dataset on disk, so target must be the name of one of its sites")
         if group_rows != 1:
             raise ConfigError("x is a dataset on disk, which has its own group_rows: leave it out")
-        source = ShardSource(str(x), input=site, target=target)
+        source = ShardSource(str(x), input=site, target=cast("str | list[str] | None", target))
+        if len(source.pairs) > 1:
+            raise ConfigError(
+                f"site {site!r} means {len(source.pairs)} SAEs; train() makes one: saeforge.fit makes several"
+            )
     else:
         if isinstance(target, str) or site is not None:
             raise ConfigError("x is in memory, so target must be rows too, and site says nothing")
-        source = TensorSource(x, target, validation_share=validation_share, unit=group_rows)
+        rows, wanted = (tuple(part) if isinstance(part, list) else part for part in (x, target))
+        source = TensorSource(rows, wanted, validation_share=validation_share, unit=group_rows)
         # A small x still holds several batches per pass; 8 lanes divide every power of two from 8 on.
         while batch_size > 64 and batch_size * 4 > source.n_blocks("train") * source.block_rows("train"):
             batch_size = max(64, batch_size // 2 // 8 * 8)

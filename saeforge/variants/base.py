@@ -61,6 +61,7 @@ class RunSettings:
         compute_dtype: type of the encoder product; torch.bfloat16 under `bf16-mixed`.
         group: the ranks that share a batch.
         sources: widths of the parts of an input that several sites make up side by side (a crosscoder's), or empty.
+        target_sources: the same of the target.
     """
 
     total_steps: int = 1
@@ -68,6 +69,7 @@ class RunSettings:
     compute_dtype: torch.dtype = torch.float32
     group: Group = field(default_factory=Group)
     sources: tuple[int, ...] = ()
+    target_sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
