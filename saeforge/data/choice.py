@@ -1,9 +1,9 @@
 """Which sites train which SAE: `data.input` and `data.target` as a user writes them.
 
 * One name: an SAE of that site, or a transcoder from it to the target.
-* A list: sites that stand side by side as one input (a crosscoder's), in the list's order. A pattern in it stands for all
-  sites that are like it. `PATH#SITE` is a site of another dataset, of the same tokens in the same order.
-* A pattern (`mlp_in.*`) with a pattern as target (`mlp_out.*`): a transcoder for each layer, paired by what `*` stands for.
+* A list: sites that stand side by side as one input (a crosscoder's), in the list's order. A pattern in it stands for
+  all sites that are like it. `PATH#SITE` is a site of another dataset, of the same tokens in the same order.
+* A pattern (`mlp_in.*`) with a pattern as target (`mlp_out.*`): a transcoder for each layer, paired by what `*` is.
 """
 
 from __future__ import annotations

@@ -155,7 +155,10 @@ def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[str, S
     if path is None:
         raise ConfigError("this SAE does not say which dataset it was trained on; give one with --data")
     site, target = sae.meta.get("site") or {}, sae.meta.get("target") or {}
-    source = ShardSource(str(path), input=site.get("id"), target=target.get("id"))
+    if sae.meta.get("sources"):
+        source = _open_sources(sae, data)
+    else:
+        source = ShardSource(str(path), input=site.get("id"), target=target.get("id"))
     pair = source.pairs[0]
     if pair.widths(source) != (sae.d_in, sae.d_out):
         raise DatasetError(
@@ -169,6 +172,22 @@ def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[str, S
             f"{path} has no {split} split; harvest with a validation_share above 0, or use --split train"
         )
     return str(path), source
+
+
+def _open_sources(sae: SAE, data: str | Path | None) -> ShardSource:
+    """The sites that an SAE reads side by side, where they were or, if all are of one dataset, in `data`.
+
+    Raises:
+        ConfigError: `data` for sites of several datasets, or sources in memory.
+    """
+    sides = [sae.meta["sources"], sae.meta.get("targets") or []]
+    folders = {part.get("dataset_path") for side in sides for part in side}
+    if None in folders:
+        raise ConfigError("this SAE was trained on several tensors in memory; there is no dataset to evaluate it on")
+    if data is not None and len(folders) > 1:
+        raise ConfigError(f"--data {data}: this SAE reads {len(folders)} datasets side by side; leave --data out")
+    names = [[f"{data or part['dataset_path']}#{part['site']['id']}" for part in side] for side in sides]
+    return ShardSource(None, input=names[0], target=names[1] or None)
 
 
 def _open_effect(

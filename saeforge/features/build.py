@@ -23,7 +23,7 @@ from saeforge.features.store import STORE_FILE, FeatureStore, progress_file, sae
 from saeforge.features.windows import REACH, Windows
 from saeforge.features.write import write_store
 from saeforge.lm.device import resolve_device
-from saeforge.lm.origin import origin_of
+from saeforge.lm.origin import check_one_site, origin_of
 from saeforge.lm.pack import hash_file
 from saeforge.ops import SparseCode
 from saeforge.sae import SAE, WEIGHTS_FILE, load
@@ -297,6 +297,7 @@ def _open_source(
     Raises:
         SaeforgeError: it does not exist, or does not fit the SAE.
     """
+    check_one_site(sae)
     if texts is not None:
         if data is not None or split != "all":
             raise ConfigError("--texts is read whole and in place of a dataset: leave out --data and --split")

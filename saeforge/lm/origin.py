@@ -100,8 +100,9 @@ def origin_of(sae: SAE, *, model: str | None = None, trust_remote_code: bool = F
         trust_remote_code: what is loaded may run Python code that comes with the model.
 
     Raises:
-        ConfigError: the SAE does not say so: it was trained on activations of unknown origin.
+        ConfigError: the SAE does not say so: it was trained on activations of unknown origin, or of several sites.
     """
+    check_one_site(sae)
     card, record = sae.meta.get("model") or {}, sae.meta.get("site") or {}
     name = model or card.get("name")
     if not name or not card.get("name"):
@@ -120,3 +121,18 @@ def origin_of(sae: SAE, *, model: str | None = None, trust_remote_code: bool = F
         remote_code=bool(card.get("remote_code")),
         trust_remote_code=trust_remote_code,
     )
+
+
+def check_one_site(sae: SAE) -> None:
+    """Refuses an SAE of several sources: there is no one place in one model that it reads.
+
+    Raises:
+        ConfigError: naming its sources.
+    """
+    parts = sae.meta.get("sources")
+    if parts:
+        names = [(part.get("site") or {}).get("id") or f"{part['d']} values in memory" for part in parts]
+        raise ConfigError(
+            f"this SAE reads several sites side by side ({', '.join(names)}), a crosscoder: only its reconstruction of "
+            "stored activations can be judged; with the model itself, use an SAE of one site"
+        )

@@ -4,8 +4,8 @@ A site id is `module.path:in` (the module's first input) or `module.path:out` (i
 Paths are those of the base model (`AutoModel`); the prefix of a head model (`model.`, `transformer.`) is accepted.
 
 Aliases, K being a layer: `resid_pre.K`, `resid_post.K`, `attn_out.K`, `mlp_out.K`, and TransformerLens'
-`blocks.K.hook_resid_pre` and so on. An alias means what is added to, or stands in, the residual stream. `mlp_in.K` is what
-the MLP reads, after its norm: the input of a transcoder to `mlp_out.K`.
+`blocks.K.hook_resid_pre` and so on. An alias means what is added to, or stands in, the residual stream. `mlp_in.K` is
+what the MLP reads, after its norm: the input of a transcoder to `mlp_out.K`.
 
 `*`, `?` and `[...]` in a name or alias stand for several sites: `resid_post.*`, `resid_post.[0-3]`, `layers.*.mlp`.
 """

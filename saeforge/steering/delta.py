@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saeforge.errors import ConfigError
+from saeforge.lm.origin import check_one_site
 from saeforge.sae import SAE
 from saeforge.steering.edits import Add, Clamp, Edit, Scale
 from saeforge.steering.scales import LatentScales
@@ -51,6 +52,7 @@ class Delta:
         Raises:
             ConfigError: no such latent, a unit whose size is not known, or an SAE that writes elsewhere than it reads.
         """
+        check_one_site(sae)
         target, site = sae.meta.get("target"), sae.meta.get("site")
         elsewhere = target and site and any(target[key] != site[key] for key in ("module_path", "where"))
         if sae.W_skip is not None or elsewhere or sae.d_in != sae.d_out:

@@ -301,6 +301,7 @@ class Member(nn.Module):
         settings = self.optimizer_settings() if self.settings.optimizer is None else {}
         return {
             "name": self.pair.name,
+            "sites": _sites(self.pair.identity),
             "variant": VARIANTS.name_of(type(self.variant)).class_path,
             "options": {key: _plain(value) for key, value in self.variant.arguments.items()},
             "optimizer": {
@@ -361,6 +362,8 @@ def check_identity(saved: dict[str, Any], given: dict[str, Any]) -> None:
             "resume with the same variant, or start a new --run"
         )
     differences = []
+    if "sites" in saved and saved["sites"] != given["sites"]:
+        differences.append(f"sites: {saved['sites']} -> {given['sites']}")
     for part in ("options", "optimizer", "extras"):
         then = saved.get(part, {})  # no extras: a checkpoint from before there were any
         for name in sorted(then.keys() | given[part].keys()):
@@ -375,6 +378,16 @@ def check_identity(saved: dict[str, Any], given: dict[str, Any]) -> None:
             f"the checkpoint was trained with other settings ({'; '.join(differences)}); "
             "resume with the same ones, or start a new --run"
         )
+
+
+def _sites(identity: dict[str, Any]) -> str:
+    """Which sites an SAE reads and writes, in one line; the dataset itself is the loader's to compare."""
+    if not identity.get("sources"):
+        ends = [(identity.get(part) or {}).get("id") for part in ("site", "target")]
+        return " to ".join(end for end in ends if end)
+    sides = [identity["sources"], identity.get("targets") or []]
+    named = [[f"{(part.get('site') or {}).get('id')}@{part.get('dataset', '')[:8]}" for part in side] for side in sides]
+    return " to ".join(" + ".join(side) for side in named if side)
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """`Skip`: an affine path beside a transcoder, for any variant (Paulo et al. 2025, arXiv 2501.18823, skip transcoders).
 
-The variant learns `target - W_skip x`, and W_skip learns with it: the loss's gradient reaches it through the target, and
-so through every term that reads the target but where the variant stops gradients.
+The variant learns `target - W_skip x`, and W_skip learns with it: the loss's gradient reaches it through the target,
+and so through every term that reads the target but where the variant stops gradients.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from saeforge.variants import Variant
 class Skip(nn.Module):
     """`W_skip (d_out, d_in)`, zeros at the start as in the paper, in the variant's scaled units.
 
-    It acts on `x - mean`, so that the decoder's bias has not to follow it, and so that a bf16 product rounds deviations,
-    not the mean; folding puts the difference into the bias.
+    It acts on `x - mean`, so that the decoder's bias has not to follow it, and so that a bf16 product rounds
+    deviations, not the mean; folding puts the difference into the bias.
 
     Args:
         d_in: width of the input. d_out: of the target.
