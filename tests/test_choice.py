@@ -16,6 +16,7 @@ from saeforge.data.layout import SiteSpec, SplitPlan, choose_block_rows
 from saeforge.data.source import ShardSource, TensorSource
 from saeforge.data.writer import DatasetWriter
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
+from saeforge.steering.delta import Delta
 from tests.toy import toy_rows
 
 ROWS = 8192
@@ -25,7 +26,7 @@ def write(root: Path, sites: dict[str, Tensor], aliases: dict[str, str], *, shif
     """A dataset of several sites; `shift` is added to the documents, so that the rows are other tokens."""
     share = {"train": slice(0, ROWS * 3 // 4), "validation": slice(ROWS * 3 // 4, ROWS)}
     specs = [
-        SiteSpec(name, *name.rsplit(":", 1), rows.shape[1], "float32", aliases.get(name))
+        SiteSpec(name, name.split(":")[0], name.split(":")[1], rows.shape[1], "float32", aliases.get(name))
         for name, rows in sites.items()
     ]
     counts = {split: part.stop - part.start for split, part in share.items()}
@@ -175,7 +176,7 @@ def test_rows_in_memory_stand_side_by_side() -> None:
     source = TensorSource((x, x[:, :5] * 2), (x[:, :3],))
     assert (source.pairs[0].inputs, source.pairs[0].targets) == ((0, 1), (2,))
     batch = source.pairs[0].batch(source.read_block("train", 0))
-    assert batch.x.shape[1], batch.target.shape[1] == (37, 3)
+    assert (batch.x.shape[1], batch.target.shape[1]) == (37, 3)
     assert torch.equal(batch.x[:, 32:], batch.x[:, :5] * 2)
     sae = saeforge.train([x, x[:, :5]], d_sae=64, k=4, tokens=512, batch_size=64, progress=False)
     assert (sae.d_in, sae.d_out) == (37, 37)
@@ -218,6 +219,9 @@ def test_a_run_over_two_datasets_goes_on_to_the_same_sae_and_is_evaluated(
         saeforge.build_features(run, texts="demo")
     with pytest.raises(ConfigError, match="several sites side by side"):
         saeforge.build_features(run)
+    with pytest.raises(ConfigError, match="several sites side by side"):
+        Delta.of(sae, {3: saeforge.Clamp(0)}, None)
+    assert result.about["site"] == "layers.0:out + layers.0:out"
     capsys.readouterr()
     swapped = f"--data.input=[{home / 'chat'}#, resid_post.0]"
     assert fit(home, tmp_path / "swapped", swapped, f"--ckpt_path={run}/checkpoints/last.ckpt") != 0

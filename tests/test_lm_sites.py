@@ -77,6 +77,19 @@ def test_attention_and_mlp_outputs_are_what_a_layer_adds(folder: Path) -> None:
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_mlp_in_is_what_the_mlp_makes_its_output_of(folder: Path) -> None:
+    loaded = load_model(str(folder), ["mlp_in.1", "mlp_out.1"])
+    with Capture(loaded.model, loaded.sites) as capture:
+        found = capture(TokenBatch(torch.randint(5, 100, (2, 9))))
+    read, made = (found[site.id] for site in loaded.sites)
+    if folder.name == "bert":
+        layer = loaded.model.get_submodule("encoder.layer.1")
+        made_again = layer.get_submodule("output.dense")(layer.get_submodule("intermediate")(read))
+    else:
+        made_again = loaded.model.get_submodule(loaded.sites[1].module_path)(read)
+    torch.testing.assert_close(made, made_again, rtol=1e-5, atol=1e-6)
+
+
 def test_aliases_head_prefixes_and_paths_name_the_same_site(gpt2: Path, tmp_path: Path) -> None:
     assert sites_of(gpt2, "resid_post.1") == ["h.1:out"]
     assert sites_of(gpt2, "blocks.1.hook_resid_post") == ["h.1:out"]
@@ -107,6 +120,7 @@ def test_embeddings_need_one_layer_and_a_final_norm_needs_all(gpt2: Path) -> Non
 @pytest.mark.parametrize(
     ("site", "message"),
     [
+        ("blocks.1.hook_mlp_in", "site 'blocks.1.hook_mlp_in': mlp_in has no known module here"),
         ("h.1.mpl", r"unknown site 'h.1.mpl': the model has no such module; did you mean h.1.mlp"),
         ("encoder.banana", r"unknown site 'encoder.banana'.*did you mean "),
         ("resid_post.4", "the model has 4 layers, 0 to 3"),

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 import saeforge
 from saeforge.data.moments import Moments
-from saeforge.data.source import Pair
+from saeforge.data.source import Pair, TensorSource
 from saeforge.errors import CheckpointError, ConfigError
+from saeforge.training.data import ActivationData
 from saeforge.training.member import Member, Settings
+from saeforge.training.module import SAEModule
+from saeforge.training.trainer import SAETrainer
 from saeforge.variants import Gated, L1ReLU, RunSettings, TopK, Variant
 from tests import oracle
 from tests.toy import toy_rows
@@ -141,14 +145,15 @@ def test_an_sae_that_reconstructs_its_input_has_no_skip_path() -> None:
         saeforge.train(toy_rows(2048), training={"skip": True}, d_sae=64, k=4, progress=False)
 
 
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
-    from lightning.pytorch import seed_everything
-
-    from saeforge.data.source import TensorSource
-    from saeforge.training.data import ActivationData
-    from saeforge.training.module import SAEModule
-    from saeforge.training.trainer import SAETrainer
-
     x = toy_rows(2048)
     target = x[:, :8] * 2 + 1
 
@@ -161,16 +166,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> No
 
         module = SAEModule(build, data.d_in, data.d_out, skip=skip, seed=0)
         trainer = SAETrainer(
-            accelerator="cpu", devices=1, enable_progress_bar=False, default_root_dir=str(run), logger=False
+            accelerator="cpu",
+            devices=1,
+            enable_progress_bar=False,
+            default_root_dir=str(run),
+            logger=False,
+            callbacks=[] if stop_at is None else [StopAt(stop_at)],
         )
-        if stop_at is not None:
-            step = module.on_train_batch_end
-
-            def stopping(*args: Any) -> None:
-                step(*args)
-                trainer.should_stop = module.global_step >= stop_at
-
-            module.on_train_batch_end = stopping  # type: ignore[method-assign]
         trainer.fit(module, data, ckpt_path=None if resume is None else str(resume))
         return module
 

@@ -56,21 +56,30 @@ def choose(
         ConfigError: a name without a dataset, a site twice in a list, patterns that do not pair.
         DatasetError: no such dataset or site.
     """
-    patterns = [isinstance(one, str) and is_pattern(_split(one, path)[1]) for one in (wanted, target)]
-    if isinstance(wanted, str) and isinstance(target, str) and all(patterns):
-        return _paired(path, wanted, target, load)
+    if check_patterns(wanted, target):
+        return _paired(path, str(wanted), str(target), load)
+    inputs = _side_by_side("data.input", path, wanted, load)
+    return (Choice(inputs, inputs if target is None else _side_by_side("data.target", path, target, load)),)
+
+
+def check_patterns(wanted: SitesWanted, target: SitesWanted) -> bool:
+    """Whether input and target are patterns, which pair by layer.
+
+    Raises:
+        ConfigError: one of them is, and the other is not.
+    """
+    patterns = [isinstance(one, str) and is_pattern(_split(one, None)[1]) for one in (wanted, target)]
     if patterns[0] and target is None:
         raise ConfigError(
             f"data.input = {wanted} is a pattern: data.sites = {wanted} trains an SAE for each site, a list "
             f"([{wanted}]) one crosscoder of all, and data.target with a pattern a transcoder for each"
         )
-    if any(patterns):
+    if patterns[0] != patterns[1]:
         raise ConfigError(
             f"data.input = {wanted} and data.target = {target}: expected patterns in both (mlp_in.* and mlp_out.*), "
             "which pair by layer, or in neither"
         )
-    inputs = _side_by_side("data.input", path, wanted, load)
-    return (Choice(inputs, inputs if target is None else _side_by_side("data.target", path, target, load)),)
+    return patterns[0]
 
 
 def names_in(wanted: SitesWanted) -> list[str]:

@@ -201,7 +201,12 @@ class ShardSource:
         if len(inputs) == len(targets) == len(fingerprints) == 1:
             site, target = (describe_site(self.datasets[number].site) for number in inputs + targets)
             model = first.manifest.model
-            described = {"model": model, "site": site, "target": None if targets == inputs else target, **common}
+            described: dict[str, Any] = {
+                "model": model,
+                "site": site,
+                "target": None if targets == inputs else target,
+                **common,
+            }
         else:
             models = [dataset.manifest.model for dataset in used]
             described = {

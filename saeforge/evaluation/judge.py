@@ -134,9 +134,10 @@ def evaluate(
             if effect is True:
                 raise
             reason = str(error)
+    sites = [part["site"] for part in sae.meta.get("sources") or ()] or [sae.meta.get("site")]
     about = {
         "sae": {"d_in": sae.d_in, "d_sae": sae.d_sae, "rule": sae.rule, "variant": sae.meta.get("variant")},
-        "site": (sae.meta.get("site") or {}).get("id"),
+        "site": " + ".join(site["id"] for site in sites if site) or None,
         "dataset": source.fingerprint,
         "trained_on_this_dataset": source.fingerprint == sae.meta.get("dataset"),
         "split": split,

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from saeforge.data.choice import SitesWanted, names_in
+from saeforge.data.choice import SitesWanted, check_patterns, names_in
 from saeforge.data.loader import TrainLoader, ValidationLoader
 from saeforge.data.plain import PlainTarSource
 from saeforge.data.plan import Plan
@@ -281,6 +281,7 @@ def open_live(
         raise ConfigError(
             f"data.input {foreign[0]!r}: with data.source = live all sites are of one model; leave out PATH#"
         )
+    check_patterns(input, target)
     wanted = sites or list(dict.fromkeys([*names_in(input), *names_in(target)]))
     options = {"model": model, "sites": wanted, "out": path, **(harvest or {})}
     if text is not None:

@@ -137,7 +137,7 @@ def test_under_variance_each_source_starts_at_its_share_whatever_its_size() -> N
         with torch.no_grad():
             variant.W_dec.zero_()
         out = variant.step(Batch(y, y), {})
-        terms.append([float(out.terms[f"mse_{number}"]) for number in (0, 1)])
+        terms.append([out.terms[f"mse_{number}"].item() for number in (0, 1)])
         torch.testing.assert_close(out.counters["squared_error"], (y - y.mean(0)).square().sum(), rtol=1e-6, atol=0)
     assert terms[0] == pytest.approx([0.5, 0.5], rel=1e-6)  # nothing but the mean: FVU 1, over two sources
     assert terms[1] == pytest.approx(terms[0], rel=1e-6)
@@ -164,7 +164,7 @@ def test_the_fold_is_the_variant_above_its_threshold(options: dict[str, Any]) ->
     active = sae.encode(x).to_dense() != 0
     assert torch.equal(active, f != 0)
     if variant.sparsity == "batch_topk":
-        # Every step had the same rows, so that the threshold is the value of the last one chosen, which rounding decides.
+        # Every step had the same rows, so the threshold is the value of the last one chosen, which rounding decides.
         assert K * len(x) - 1 <= int(active.sum()) <= K * len(x)
 
 

@@ -6,7 +6,7 @@ root mean square norm (`unit="rms"`), so that sources of other size compare; the
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def source_norms(sae: SAE, *, unit: Literal["rms", "raw"] = "rms") -> Tensor:
     norms = torch.stack([rows.norm(dim=1) for rows in sae.W_dec.split(source_widths(sae), dim=1)], dim=1)
     if unit == "raw":
         return norms
-    return norms / norms.new_tensor([float(part["rms_norm"]) for part in parts])
+    return norms / norms.new_tensor([part["rms_norm"] for part in parts])
 
 
 def relative_norms(sae: SAE) -> Tensor:
@@ -78,7 +78,7 @@ def decoder_cosines(sae: SAE, first: int = 0, second: int = 1) -> Tensor:
     return torch.nn.functional.cosine_similarity(parts[a], parts[b], dim=1)
 
 
-def _parts(sae: SAE) -> list[dict[str, object]]:
+def _parts(sae: SAE) -> list[dict[str, Any]]:
     parts = sae.meta.get("targets") or sae.meta.get("sources")
     if not parts:
         raise ConfigError("this SAE reads one site; expected a crosscoder, trained on several (data.input as a list)")
