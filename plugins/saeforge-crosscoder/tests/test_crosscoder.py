@@ -298,3 +298,18 @@ def test_a_resumed_variant_goes_on_to_the_same_threshold() -> None:
             each.step(Batch(y, y), {})
     assert torch.equal(variant.threshold, other.threshold)
     assert variant.threshold > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"sparsity": "l1"}, {"selection_weight": "joint"}], ids=str)
+def test_it_starts_from_its_own_fold(options: dict[str, Any]) -> None:
+    x = rows(200)
+    variant, other = build(x, **options), build(x, randomise=False, **options)
+    with torch.no_grad():
+        variant.step(Batch(x, x), {"l1": 0.0})
+    sae = variant.fold()
+    other.unfold_(sae)
+    for name, tensor in other.fold().state_dict().items():
+        torch.testing.assert_close(tensor, sae.state_dict()[name], rtol=1e-9, atol=1e-12, msg=name)
+    if variant.sparsity == "batch_topk":
+        with pytest.raises(ConfigError, match="starts from SAEs with thresholds of 0"):
+            build(x, sparsity="l1").unfold_(sae)

@@ -20,6 +20,7 @@ from saeforge.variants import (
     ScheduleValues,
     StepOutput,
     Variant,
+    ramp,
     random_unit_rows,
 )
 from saeforge_crosscoder.norms import WeightedBatchTopK, norms_by_source
@@ -54,7 +55,7 @@ class Crosscoder(Variant):
             norms over sources (Minder et al.), the "joint" norm of all its decoders, or "none". Under "none" the scale
             of encoder against decoder rows decides who is chosen.
         l1: coefficient of the penalty.
-        l1_warmup: share of the run over which it rises linearly from 0.
+        l1_warmup_share: share of the run over which it rises linearly from 0.
         source_loss: "variance" divides each source's squared error by its variance, so that all count the same; "scale"
             leaves what `input_scale` gives them (Lindsey et al.), where a source with more variance around a smaller
             mean counts more. Either way the sum over sources starts at the same size.
@@ -78,7 +79,7 @@ class Crosscoder(Variant):
         k_aux: int | None = None,
         selection_weight: SelectionWeight = "sum",
         l1: float = 2.0,
-        l1_warmup: float = 0.05,
+        l1_warmup_share: float = 0.05,
         source_loss: SourceLoss = "variance",
         decoder_init_norm: float = 1.0,
         input_scale: InputScale = "sqrt_d",
@@ -93,13 +94,14 @@ class Crosscoder(Variant):
                 raise ConfigError(f"{name} {value!r}: expected {' or '.join(map(repr, allowed))}")
         if not 1 <= k <= d_sae and sparsity == "batch_topk":
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
-        if l1 < 0 or not 0 <= l1_warmup <= 1 or decoder_init_norm <= 0:
+        if l1 < 0 or not 0 <= l1_warmup_share <= 1 or decoder_init_norm <= 0:
             raise ConfigError(
-                f"l1 = {l1}, l1_warmup = {l1_warmup}, decoder_init_norm = {decoder_init_norm}: "
+                f"l1 = {l1}, l1_warmup_share = {l1_warmup_share}, decoder_init_norm = {decoder_init_norm}: "
                 "expected l1 >= 0, a share between 0 and 1, and a positive norm"
             )
+        self.sparsity_schedule = "l1" if sparsity == "l1" else None
         self.sparsity, self.k, self.selection_weight = sparsity, k, selection_weight
-        self.l1, self.l1_warmup = l1, l1_warmup
+        self.l1, self.l1_warmup_share = l1, l1_warmup_share
         self.source_loss, self.decoder_init_norm = source_loss, decoder_init_norm
         self.auxk = AuxK.of(aux if sparsity == "batch_topk" else 0.0, k_aux, d_in)
         self._select = WeightedBatchTopK(k)
@@ -166,8 +168,8 @@ class Crosscoder(Variant):
         """`l1`, of the sparsity of that name: linear from 0 to the coefficient over the first share of the run."""
         if self.sparsity != "l1":
             return {}
-        warmup = round(self.l1_warmup * total_steps)
-        return {"l1": lambda step: self.l1 * (min(1.0, step / warmup) if warmup else 1.0)}
+        warmup = round(self.l1_warmup_share * total_steps)
+        return {"l1": lambda step: self.l1 * ramp(step, warmup)}
 
     def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
         """Terms `mse_0`, `mse_1`, ... by source, and `aux` or `l1`.
@@ -196,7 +198,7 @@ class Crosscoder(Variant):
             )
         return self.output(terms, code, error.square())
 
-    def _l1_step(self, batch: Batch, l1: float) -> StepOutput:
+    def _l1_step(self, batch: Batch, l1: float | Tensor) -> StepOutput:
         x, target = self.scaled(batch)
         dtype = self.run.compute_dtype
         code = encode(x, self.W_enc, self.b_enc, Above(0.0), dtype=dtype)
@@ -231,6 +233,27 @@ class Crosscoder(Variant):
     def recipe(self, total_steps: int) -> Recipe:
         """Adam(0.9, 0.999), lr 1e-4 (Minder et al.) or 5e-5 (l1), to 0 over the last 20%, gradient norm at most 1."""
         return Recipe(lr=1e-4 if self.sparsity == "batch_topk" else 5e-5, decay_steps=total_steps // 5)
+
+    @torch.no_grad()
+    def unfold_(self, sae: SAE) -> None:
+        """Exact for an SAE that this variant folded with the same `sparsity` and `selection_weight`.
+
+        From another threshold SAE, batch_topk takes the median threshold until its own steps tell a better one.
+
+        Raises:
+            ConfigError: for l1, thresholds other than 0.
+        """
+        weights = self.unfolded(sae)
+        if self.sparsity == "l1" and (weights.threshold is None or bool((weights.threshold != 0).any())):
+            raise ConfigError(
+                "init_from: sparsity l1 starts from SAEs with thresholds of 0; set sparsity to batch_topk"
+            )
+        self.W_enc.copy_(weights.W_enc)
+        self.b_enc.copy_(weights.b_enc)
+        self.W_dec.copy_(weights.W_dec)
+        self.b_dec.copy_(weights.b_dec)
+        if self.sparsity == "batch_topk" and weights.threshold is not None:
+            self.threshold.copy_((weights.threshold * self._weights()).median())
 
     @torch.no_grad()
     def fold(self) -> SAE:
