@@ -38,7 +38,13 @@ def test_on_a_cpu_steps_run_as_usual_and_the_log_says_so_once(caplog: pytest.Log
 
 @pytest.mark.parametrize(
     ("case", "reason"),
-    [("several", "2 devices share"), ("weights", "rows have weights"), ("l1", "has schedules"), ("dead", "are dead")],
+    [
+        ("several", "2 devices share"),
+        ("weights", "rows have weights"),
+        ("l1", "has schedules"),
+        ("dead", "are dead"),
+        ("skip", "skip path"),
+    ],
 )
 def test_what_a_graph_cannot_repeat_is_named(case: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run: dict[str, Any] = {"group": Group(2, 0)} if case == "several" else {}
@@ -49,6 +55,7 @@ def test_what_a_graph_cannot_repeat_is_named(case: str, reason: str, monkeypatch
 
     class OnGPU:
         device = torch.device("cuda")
+        requires_grad = case == "skip"
 
     batch = Batch(OnGPU(), OnGPU(), torch.ones(8) if case == "weights" else None)  # type: ignore[arg-type]
     assert reason in str(GraphedStep(variant)._why_not(batch, {}))
