@@ -73,17 +73,21 @@ def next_value(
             return value
     if not points:
         return knob.start
-    ordered = sorted(points, key=lambda point: abs(math.log(max(point[1], 0.01) / target)))
-    value, l0 = ordered[0]
-    aim = target * (1 - BEYOND if l0 > target else 1 + BEYOND)
-    slope = 1.0 if knob.rising else -1.0
-    if len(ordered) > 1:
-        other, other_l0 = ordered[1]
-        measured = math.log(max(l0, 0.01) / max(other_l0, 0.01)) / math.log(value / other)
-        # A curve that is steeper, flatter or turned round is noise: L0 of a penalty falls about as its inverse.
-        slope = measured if 0.2 < measured * slope < 5 else slope
-    step = math.log(aim / max(l0, 0.01)) / slope
-    return float(f"{value * math.exp(min(max(step, -2.0), 2.0)):.6g}")
+    logs = sorted((math.log(max(l0, 0.01) / target), math.log(value)) for value, l0 in points)
+    nearest, at = min(logs, key=lambda point: abs(point[0]))
+    aim = math.log1p(-BEYOND if nearest > 0 else BEYOND)
+    below, above = [point for point in logs if point[0] < 0], [point for point in logs if point[0] > 0]
+    if below and above:
+        (low, low_at), (high, high_at) = below[-1], above[0]
+        share = min(max((aim - low) / (high - low), 0.1), 0.9)  # however bent the curve is, the bracket shrinks
+        return _rounded(low_at + share * (high_at - low_at))
+    slope = 1.0 if knob.rising else -1.0  # L0 falls about as the inverse of a penalty
+    return _rounded(at + min(max((aim - nearest) / slope, -2.0), 2.0))
+
+
+def _rounded(logarithm: float) -> float:
+    """Six digits: what is written, and read by people, is what was trained."""
+    return float(f"{math.exp(logarithm):.6g}")
 
 
 def found(points: Sequence[tuple[float, float]], target: float) -> tuple[int, int] | None:
