@@ -22,7 +22,7 @@ from saeforge.training.module import SAEModule
 from saeforge.training.trainer import SAETrainer
 
 #: What sets the sparsity of a variant, where its name says it; others: see `knob_of`.
-KNOBS = {"l1_relu": Knob("l1", 2.0), "gated": Knob("l1", 0.1)}
+KNOBS = {"l1_relu": Knob("l1", 2.0), "gated": Knob("l1", 0.35)}
 #: Options by which a variant with another name sets its sparsity, in order of preference.
 _KNOWN_OPTIONS = {
     "k": Knob("k", exact=True, rising=True),

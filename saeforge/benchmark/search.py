@@ -106,9 +106,13 @@ def found(points: Sequence[tuple[float, float]], target: float) -> tuple[int, in
 
 
 def between(low: Mapping[str, Any], high: Mapping[str, Any], target: float) -> dict[str, Any]:
-    """All numbers of two records, interpolated linearly in their `l0`; the record itself if both are the same."""
+    """Numbers that two records share, interpolated linearly in their `l0`; the record itself if both are the same."""
     if low is high:
         return dict(low)
     share = (target - low["l0"]) / (high["l0"] - low["l0"])
-    numbers = {key for key, value in low.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
-    return {key: low[key] + share * (high[key] - low[key]) if key in numbers else low[key] for key in low}
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    shared = [key for key in low if is_number(low[key]) and is_number(high.get(key))]
+    return {key: low[key] + share * (high[key] - low[key]) for key in shared}

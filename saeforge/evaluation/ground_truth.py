@@ -27,7 +27,7 @@ CONVENTIONS = {
     "shrinkage": "mean over rows of |x_hat| / |x|; 1 is none",
     "dead": "latents that fired on no row",
     "absorption": "of rows where a child fires, the share where its latent does and its parent's latent does not, mean "
-    "over parent and child pairs that both have an assigned latent of |cosine| >= 0.5; NaN without such a pair",
+    "over parent and child pairs that both have an assigned latent of |cosine| >= 0.5; None without such a pair",
     "parent_miss": "the control: of rows where a parent fires and none of its children does, the share where its latent "
     "does not, mean over the parents of these pairs",
 }
@@ -53,8 +53,8 @@ class GroundTruth:
     explained_variance: float
     shrinkage: float
     dead: int
-    absorption: float
-    parent_miss: float
+    absorption: float | None
+    parent_miss: float | None
     pairs: int
 
 
@@ -182,14 +182,13 @@ class FiringCounts:
             "accuracy": (self.rows - fired - true + 2 * hits) / self.rows,
         }
 
-    def absorption(self) -> tuple[float, float]:
+    def absorption(self) -> tuple[float | None, float | None]:
         """Absorption and its control, see `CONVENTIONS`."""
-        fired = self.feature[self.children]
-        absorbed = (self.absorbed / fired)[fired > 0]
         once = torch.from_numpy(np.unique(self.parents.numpy(), return_index=True)[1])
-        alone = self.alone[once]
-        missed = (self.missed[once] / alone)[alone > 0]
-        return tuple(float(part.double().mean()) if len(part) else float("nan") for part in (absorbed, missed))  # type: ignore[return-value]
+        return (
+            _mean_share(self.absorbed, self.feature[self.children]),
+            _mean_share(self.missed[once], self.alone[once]),
+        )
 
 
 def measure_ground_truth(
@@ -246,6 +245,12 @@ def measure_ground_truth(
         parent_miss=parent_miss,
         pairs=len(counts.pairs),
     )
+
+
+def _mean_share(part: Tensor, whole: Tensor) -> float | None:
+    """Mean of part / whole where there is a whole."""
+    there = whole > 0
+    return float((part[there].double() / whole[there]).mean()) if bool(there.any()) else None
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch import seed_everything
@@ -28,7 +28,7 @@ _TRAINING = set(inspect.signature(SAEModule).parameters) - {"variant", "d_in", "
 
 
 def train(
-    x: Tensor | np.ndarray | Iterable[Tensor] | str | Path,
+    x: Tensor | np.ndarray | Iterable[Tensor] | str | Path | BlockSource,
     *,
     variant: str | type[Variant] = "topk",
     target: Tensor | np.ndarray | str | None = None,
@@ -49,7 +49,8 @@ def train(
     """Trains an SAE and returns it.
 
     Args:
-        x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk.
+        x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk; or a block
+            source, such as `saeforge.data.synthetic.SyntheticSource`.
         variant: entry-point name or class.
         target: (n, d_out) to reconstruct instead of x (a transcoder); for a dataset, the name of that site.
         site: of a dataset that has several, the one to read.
@@ -85,10 +86,14 @@ def train(
         if group_rows != 1:
             raise ConfigError("x is a dataset on disk, which has its own group_rows: leave it out")
         source = ShardSource(str(x), input=site, target=target)
+    elif hasattr(x, "read_block"):
+        if target is not None or site is not None or group_rows != 1:
+            raise ConfigError("x is a block source, which knows its target and groups: leave out target, site, group_rows")
+        source = cast(BlockSource, x)
     else:
         if isinstance(target, str) or site is not None:
             raise ConfigError("x is in memory, so target must be rows too, and site says nothing")
-        source = TensorSource(x, target, validation_share=validation_share, unit=group_rows)
+        source = TensorSource(cast(Any, x), target, validation_share=validation_share, unit=group_rows)
         # A small x still holds several batches per pass; 8 lanes divide every power of two from 8 on.
         while batch_size > 64 and batch_size * 4 > source.n_blocks("train") * source.block_rows("train"):
             batch_size = max(64, batch_size // 2 // 8 * 8)

@@ -27,7 +27,11 @@ _SPLITS = ("train", "validation")
 
 
 def write_rows(
-    source: SyntheticSource, folder: str | Path, *, threads: int = 1, on_progress: Callable[[int, int], None] | None = None
+    source: SyntheticSource,
+    folder: str | Path,
+    *,
+    threads: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes all rows of a source and the truth behind them.
 
@@ -121,7 +125,9 @@ class SyntheticFiles:
             held_out = load_file(self.folder / HELD_OUT_TRUTH)
             statistics = Statistics(**head["statistics"])
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-            raise DatasetError(f"the synthetic rows in {self.folder} are damaged ({error}); write them again") from error
+            raise DatasetError(
+                f"the synthetic rows in {self.folder} are damaged ({error}); write them again"
+            ) from error
         self._held_out = Activity(*(held_out[name].numpy() for name in ("values", "features", "offsets")))
         self._bits = head["dtype"] == "bfloat16"
         self._n_blocks = {split: len(array) // BLOCK_ROWS for split, array in self._arrays.items()}
@@ -196,5 +202,7 @@ def _activity_tensors(parts: list[Activity]) -> dict[str, torch.Tensor]:
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([[], *counts]))]).astype(np.int64)
     values = np.concatenate([np.empty(0, np.float32), *(part.values for part in parts)])
     features = np.concatenate([np.empty(0, np.int64), *(part.features for part in parts)])
-    return {name: torch.from_numpy(array) for name, array in zip(
-        ("values", "features", "offsets"), (values, features, offsets), strict=True)}
+    return {
+        name: torch.from_numpy(array)
+        for name, array in zip(("values", "features", "offsets"), (values, features, offsets), strict=True)
+    }

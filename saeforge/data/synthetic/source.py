@@ -101,7 +101,9 @@ def first_blocks(source: BlockSource, rows: int) -> Rows:
 
 def fingerprint(config: SyntheticConfig, n_blocks: dict[str, int], dtype: torch.dtype) -> str:
     """Of rows that this law, these lengths and this type make."""
-    return hashlib.sha256(repr((config.fingerprint, BLOCK_ROWS, sorted(n_blocks.items()), str(dtype))).encode()).hexdigest()
+    return hashlib.sha256(
+        repr((config.fingerprint, BLOCK_ROWS, sorted(n_blocks.items()), str(dtype))).encode()
+    ).hexdigest()
 
 
 def pair(config: SyntheticConfig, dataset: str) -> Pair:
