@@ -1,4 +1,4 @@
-"""Every variant of ours beside SAELens's same architecture, on the same rows of synthetic activations with known features.
+"""Our variants beside SAELens's same architectures, on the same rows of synthetic activations with known features.
 
 SAELens lives in an environment of its own:
     python -m venv peer && peer/bin/pip install 'sae-lens==6.54.12' 'transformer-lens<4' torch==2.13.0
@@ -7,8 +7,8 @@ The small protocol (2,048 features in 256 dimensions, 512 latents, 20 million ro
     python scripts/bench_synthetic.py --data synthetic-rows --peer-python peer/bin/python --out synthetic.json \
         --report docs/benchmarks/synthetic.md
 
-Ours and theirs alternate run by run. Runs are saved one by one; the same command goes on after an interruption. Both get
-the same number of rows, batch size, constant learning rate and threads; everything else is each side's own default or
+Ours and theirs alternate run by run. Runs are saved one by one; the same command goes on after an interruption. Both
+get the same number of rows, batch size, constant learning rate and threads; everything else is each side's own default or
 recommended recipe (PEERS below). L0 is that of the saved SAE on held-out rows; where it is tuned by a penalty, measures
 are interpolated linearly between two runs next to the wanted L0. Both are judged by saeforge's measures; SAELens's own
 ones of its SAEs are kept beside them, and must agree.
@@ -30,7 +30,8 @@ from bench_synthetic_report import write_report
 
 from saeforge.benchmark.cells import Cells
 from saeforge.benchmark.protocol import L0, PROTOCOLS, Protocol, judge, knob_of, train_one
-from saeforge.benchmark.search import Knob, found, next_value
+from saeforge.benchmark.run import following
+from saeforge.benchmark.search import Knob
 from saeforge.data.synthetic import PRESETS, SyntheticFiles, SyntheticSource, write_rows
 from saeforge.errors import SaeforgeError
 from saeforge.sae import SAE
@@ -191,27 +192,14 @@ def benchmark(arguments: argparse.Namespace, protocol: Protocol, cells: Cells) -
                                 seed,
                                 arguments.threads,
                             )
-                        cells.add({"variant": variant, "side": side, "seed": seed, "value": value, **record})
+                        about = {"variant": variant, "side": side, "seed": seed, "target": target, "value": value}
+                        cells.add({**about, "exact": knob.exact, **record})
                         print(
                             f"{variant:10} {side:6} seed {seed}  {knob.option} {value:.5g}  L0 {record['l0']:.2f}  "
                             f"F1 {record['f1']:.4f}  MCC {record['mcc']:.4f}  EV {record['explained_variance']:.4f}  "
                             f"dead {record['dead']}  {record['seconds']:.0f} s",
                             flush=True,
                         )
-
-
-def following(cells: Cells, variant: str, side: str, knob: Knob, target: float, seed: int) -> float | None:
-    """The next setting of one side; the first seed's last neighbours are what other seeds begin with."""
-    points = [(cell["value"], cell["l0"]) for cell in cells.of(variant=variant, side=side, seed=seed)]
-    if knob.exact:
-        return None if any(value == target for value, _ in points) else target
-    hints: list[float] = []
-    if seed:
-        first = [(cell["value"], cell["l0"]) for cell in cells.of(variant=variant, side=side, seed=0)]
-        pair = found(first, target)
-        hints = [] if pair is None else [first[number][0] for number in dict.fromkeys(pair)]
-    near = sorted(points, key=lambda point: abs(point[1] - target))
-    return next_value(knob, near if len(near) < 8 else near[:8], target, hints=hints, most=8)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How well an SAE finds features that are known: the measures of SynthSAEBench, and absorption along a known hierarchy."""
+"""How well an SAE finds known features: the measures of SynthSAEBench, and absorption along a known hierarchy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saeforge.metrics import ReconstructionMetrics
 from saeforge.ops import SparseCode
 from saeforge.sae import SAE
 
-#: What each number means, kept beside the numbers. "Best" is the feature of largest |cosine| with a latent's decoder row.
+#: What each number means. "Best" is the feature whose |cosine| with a latent's decoder row is largest.
 CONVENTIONS = {
     "mcc": "mean |cosine| of the one-to-one assignment of latents to features that maximises it (Hungarian method)",
     "uniqueness": "distinct best features of all latents / latents",
@@ -26,8 +26,8 @@ CONVENTIONS = {
     "explained_variance": "1 - sum |x - x_hat|^2 / sum |x - mean|^2",
     "shrinkage": "mean over rows of |x_hat| / |x|; 1 is none",
     "dead": "latents that fired on no row",
-    "absorption": "of rows where a child fires, the share where its latent does and its parent's latent does not, mean "
-    "over parent and child pairs that both have an assigned latent of |cosine| >= 0.5; None without such a pair",
+    "absorption": "of rows where a child fires, the share where its latent does and its parent's latent does not, "
+    "mean over parent and child pairs that both have an assigned latent of |cosine| >= 0.5; None without such a pair",
     "parent_miss": "the control: of rows where a parent fires and none of its children does, the share where its latent "
     "does not, mean over the parents of these pairs",
 }

@@ -49,8 +49,8 @@ def train(
     """Trains an SAE and returns it.
 
     Args:
-        x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk; or a block
-            source, such as `saeforge.data.synthetic.SyntheticSource`.
+        x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk; or a
+            block source, such as `saeforge.data.synthetic.SyntheticSource`.
         variant: entry-point name or class.
         target: (n, d_out) to reconstruct instead of x (a transcoder); for a dataset, the name of that site.
         site: of a dataset that has several, the one to read.

@@ -36,9 +36,9 @@ def write_rows(
     """Writes all rows of a source and the truth behind them.
 
     In the folder: `train.npy` and `validation.npy`, (rows, d_in) float32, or uint16 = the bits of bfloat16;
-    `truth.safetensors` (directions, bias, parents, ...: see `Truth`); `validation_truth.safetensors`, the features of the
-    held-out rows as CSR (values, features, offsets); `synthetic.json` with the law, written last. A folder that holds
-    the same rows already is left alone.
+    `truth.safetensors` (directions, bias, parents, ...: see `Truth`); `validation_truth.safetensors`, the features of
+    the held-out rows as CSR (values, features, offsets); `synthetic.json` with the law, written last. A folder that
+    holds the same rows already is left alone.
 
     Args:
         source: the rows.

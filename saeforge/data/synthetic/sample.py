@@ -1,9 +1,9 @@
 """Which features fire on which row, and how strongly: exact draws from the law, a few per row instead of one each.
 
-Given a row's shared factors, features are independent: one fires where its own Gaussian is above a level that depends on
-them. One random byte decides that for most (it is the upper byte of the tail probability that was drawn); only where the
-byte leaves it open, one in 256 times for a rare feature, is the rest of the number drawn. And a child is drawn only where
-its parent fires, since elsewhere it cannot.
+Given a row's shared factors, features are independent: one fires where its own Gaussian is above a level that depends
+on them. One random byte decides that for most (it is the upper byte of the tail probability that was drawn); only where
+the byte leaves it open, one in 256 times for a rare feature, is the rest of the number drawn. And a child is drawn only
+where its parent fires, since elsewhere it cannot.
 """
 
 from __future__ import annotations
