@@ -8,7 +8,7 @@ The small protocol (2,048 features in 256 dimensions, 512 latents, 20 million ro
         --report docs/benchmarks/synthetic.md
 
 Ours and theirs alternate run by run. Runs are saved one by one; the same command goes on after an interruption. Both
-get the same number of rows, batch size, constant learning rate and threads; everything else is each side's own default or
+get the same number of rows, batch size, constant learning rate and threads; all else is each side's own default or
 recommended recipe (PEERS below). L0 is that of the saved SAE on held-out rows; where it is tuned by a penalty, measures
 are interpolated linearly between two runs next to the wanted L0. Both are judged by saeforge's measures; SAELens's own
 ones of its SAEs are kept beside them, and must agree.

@@ -24,13 +24,14 @@ import torch
 from safetensors.torch import load_file
 
 
-def batches(path: Path, steps: int, rows: int, first: int) -> Iterator[torch.Tensor]:
+def batches(path: Path, rows: int, first: int) -> Iterator[torch.Tensor]:
     """Float32 batches in file order from batch `first` on, round and round."""
     array = np.load(path, mmap_mode="r")
-    step = first % steps
+    here = len(array) // rows
+    step = first % here
     while True:
         yield to_rows(array[step * rows : (step + 1) * rows])
-        step = (step + 1) % steps
+        step = (step + 1) % here
 
 
 def to_rows(array: np.ndarray) -> torch.Tensor:
@@ -70,7 +71,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         logger=LoggingConfig(log_to_wandb=False),
         n_batches_for_norm_estimate=100,
     )
-    data = batches(Path(job["data"]) / "train.npy", steps, rows, job["seed"] * 7919)
+    data = batches(Path(job["data"]) / "train.npy", rows, job["seed"] * 7919)
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=data)
     start = time.perf_counter()
     trained = trainer.fit()

@@ -28,8 +28,8 @@ CONVENTIONS = {
     "dead": "latents that fired on no row",
     "absorption": "of rows where a child fires, the share where its latent does and its parent's latent does not, "
     "mean over parent and child pairs that both have an assigned latent of |cosine| >= 0.5; None without such a pair",
-    "parent_miss": "the control: of rows where a parent fires and none of its children does, the share where its latent "
-    "does not, mean over the parents of these pairs",
+    "parent_miss": "the control: of rows where a parent fires and none of its children does, the share where its "
+    "latent does not, mean over the parents of these pairs",
 }
 
 #: A latent stands for its assigned feature, for absorption, from this |cosine| on.

@@ -160,4 +160,5 @@ class Sampler:
 
 def _tail_probability(level: np.ndarray) -> np.ndarray:
     """P(Gaussian > level), float64."""
-    return torch.special.ndtr(torch.from_numpy(-level)).numpy()
+    probability: np.ndarray = torch.special.ndtr(torch.from_numpy(-level)).numpy()
+    return probability

@@ -68,7 +68,8 @@ class Truth:
 
     def children(self) -> np.ndarray:
         """Features that have a parent, ascending."""
-        return np.flatnonzero(self.parents >= 0)
+        children: np.ndarray = np.flatnonzero(self.parents >= 0)
+        return children
 
 
 def _rates(config: SyntheticConfig) -> np.ndarray:
@@ -77,7 +78,8 @@ def _rates(config: SyntheticConfig) -> np.ndarray:
     if law[0] == law[-1]:
         return np.full(config.features, config.max_rate)
     span = (law - law[-1]) / (law[0] - law[-1])
-    return config.min_rate + (config.max_rate - config.min_rate) * span
+    rates: np.ndarray = config.min_rate + (config.max_rate - config.min_rate) * span
+    return rates
 
 
 def _parents(config: SyntheticConfig) -> np.ndarray:
@@ -129,4 +131,5 @@ def spread_directions(rows: Tensor, steps: int, lr: float) -> Tensor:
             w.grad = 4 * (w @ (w.T @ w) + (len(w) * (squares - 1) - squares) * w)
         adam.step()
     unit = w.detach()
-    return (unit / unit.norm(dim=1, keepdim=True)).float()
+    unit = unit / unit.norm(dim=1, keepdim=True)
+    return unit.float()
