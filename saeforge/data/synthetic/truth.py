@@ -130,6 +130,5 @@ def spread_directions(rows: Tensor, steps: int, lr: float) -> Tensor:
             squares = w.square().sum(1, keepdim=True)
             w.grad = 4 * (w @ (w.T @ w) + (len(w) * (squares - 1) - squares) * w)
         adam.step()
-    unit = w.detach()
-    unit = unit / unit.norm(dim=1, keepdim=True)
-    return unit.float()
+    spread: Tensor = w.detach() / w.detach().norm(dim=1, keepdim=True)
+    return spread.float()
