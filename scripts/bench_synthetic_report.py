@@ -49,7 +49,7 @@ def write_report(cells: Cells, variants: Sequence[str], targets: Sequence[float]
         f"{protocol['batch_size']:,}, constant lr {protocol['lr']:g}, {protocol['precision']}, "
         f"{cells.content['header']['threads']} threads; made by `scripts/bench_synthetic.py`, whose head says how. "
         "Mean ± standard deviation over seeds, at the wanted L0 of the saved SAE on held-out rows; where a penalty "
-        "sets it, interpolated linearly between the two runs around it (seconds too). Seconds are those of training alone.",
+        "sets it, interpolated linearly between the two runs around it (seconds too). Seconds are of training alone.",
         "",
         markdown(table(summaries, sides=True)),
         "It holds if mean F1 and MCC are at least the peer's minus one pooled standard deviation, in at most half of "

@@ -146,7 +146,7 @@ class TestTheBenchmark:
         assert again == [summary]
         assert "| topk | 3 | 2 |" in (tmp_path / "report.md").read_text()
         assert "<svg" in (tmp_path / "plot.svg").read_text()
-        with pytest.raises(ConfigError, match="with options {}, these are {'aux': 0}"):
+        with pytest.raises(ConfigError, match=r"with options \{\}, these are \{'aux': 0\}"):
             saeforge.bench_synthetic(["topk"], options={"topk": {"aux": 0}}, **given)
 
     def test_rows_from_disk_are_the_rows_that_are_made(self, tmp_path: Path) -> None:

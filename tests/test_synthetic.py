@@ -134,6 +134,13 @@ class TestTheLaw:
         # SAELens 6.54.12's generator of the same law: 10.89 on 204,800 rows, for another draw of the correlations.
         assert counts.sum() / rows == pytest.approx(10.89, abs=0.2)
 
+    def test_the_large_preset_is_as_active_as_the_published_data(self) -> None:
+        # Its documentation: mean L0 about 34, about 25 of them among the 4,096 most frequent features.
+        truth = Truth.of(replace(SYNTH_SAE_BENCH_16K, d_in=2, orthogonal_steps=0))  # what fires knows no directions
+        activity = Sampler(truth).draw(2048, 1)
+        assert len(activity.features) / 2048 == pytest.approx(34, abs=1.0)
+        assert (activity.features < 4096).sum() / 2048 == pytest.approx(25, abs=0.7)
+
     def test_rows_are_directions_times_magnitudes_plus_bias(self) -> None:
         source = SyntheticSource(TINY, rows=1, validation_rows=0)
         values = torch.from_numpy(dense(source.activity("train", 0), 16)).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from saeforge.benchmark.search import Knob
+from saeforge.data.loader import reading_threads
 from saeforge.data.synthetic import SyntheticFiles, SyntheticSource
 from saeforge.errors import ConfigError
 from saeforge.evaluation.ground_truth import measure_ground_truth
@@ -108,6 +110,8 @@ def train_one(
     data = ActivationData.of(
         source, batch_size=protocol.batch_size, tokens=protocol.samples, seed=seed, window_blocks=1
     )
+    if isinstance(source, SyntheticSource):  # rows are computed; half of the cores are left to the step
+        data.threads = max(reading_threads(), (os.cpu_count() or 1) // 2)
     try:
         decay = None if protocol.lr is None else 0.0
         module = SAEModule(build, data.d_in, data.d_out, lr=protocol.lr, lr_decay_share=decay, seed=seed)
