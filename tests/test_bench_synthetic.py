@@ -192,9 +192,11 @@ class TestTheBenchmark:
         assert printed.count("\n") == 1
 
 
-def test_other_variants_say_what_sets_their_l0() -> None:
-    assert protocol.knob_of("topk", {}).option == "k"
-    assert protocol.knob_of("gated", {"gated": "l1:3"}) == Knob("l1", 3.0)
+def test_what_sets_the_l0_of_a_variant() -> None:
+    assert protocol.knob_of("topk", {}, {}, 8.0) == Knob("k", exact=True, rising=True)
+    assert protocol.knob_of("l1_relu", {}, {}, 8.0) == Knob("l1", 5.0)
+    assert protocol.knob_of("l1_relu", {}, {"l1": 3.0}, 8.0) == Knob("l1", 3.0)
+    assert protocol.knob_of("gated", {"gated": "l1:3"}, {}, 8.0) == Knob("l1", 3.0)
 
 
 def test_arguments_that_repeat_become_one_list() -> None:

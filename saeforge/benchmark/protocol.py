@@ -23,16 +23,6 @@ from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.trainer import SAETrainer
 
-#: What sets the sparsity of a variant, where its name says it; others: see `knob_of`.
-KNOBS = {"l1_relu": Knob("l1", 2.0), "gated": Knob("l1", 0.35)}
-#: Options by which a variant with another name sets its sparsity, in order of preference.
-_KNOWN_OPTIONS = {
-    "k": Knob("k", exact=True, rising=True),
-    "target_l0": Knob("target_l0", 8.0, rising=True),
-    "l0": Knob("l0", 1.0),
-    "l1": Knob("l1", 2.0),
-}
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -64,20 +54,33 @@ PROTOCOLS = {
 L0 = {"small": (8.0, 6.0), "16k": (25.0, 20.0)}
 
 
-def knob_of(variant: str, given: Mapping[str, str]) -> Knob:
-    """What sets a variant's sparsity: as given, as known, or by the options that it has.
+def knob_of(variant: str, given: Mapping[str, str], options: Mapping[str, Any], target: float) -> Knob:
+    """What sets a variant's sparsity: as given, or the coefficient that it names, or its k, or its target.
+
+    Args:
+        variant: entry-point name.
+        given: by variant, as `Knob.parse` reads it.
+        options: of the variant.
+        target: the wanted L0, where a target starts.
 
     Raises:
-        ConfigError: none of them.
+        ConfigError: none of them, or a wrong option.
     """
     if variant in given:
         return Knob.parse(given[variant])
-    if variant in KNOBS:
-        return KNOBS[variant]
-    options = inspect.signature(VARIANTS.load(variant)).parameters
-    for name, knob in _KNOWN_OPTIONS.items():
-        if name in options:
-            return knob
+    cls = VARIANTS.load(variant)
+    try:
+        built = cls(8, 8, d_sae=4096, **options)
+    except TypeError as error:
+        raise ConfigError(f"variant {variant}: {error}") from error
+    names = inspect.signature(cls).parameters
+    if built.sparsity_schedule in names:
+        return Knob(built.sparsity_schedule, start=built.schedules(1000)[built.sparsity_schedule](999))
+    if "k" in names:
+        return Knob("k", exact=True, rising=True)
+    for name in ("target_l0", "target"):
+        if name in names:
+            return Knob(name, start=target, rising=True)
     raise ConfigError(f"what sets the sparsity of {variant!r}? give --knob {variant}=OPTION:START")
 
 

@@ -11,6 +11,7 @@ from saeforge.benchmark.protocol import L0, PROTOCOLS, Protocol, judge, knob_of,
 from saeforge.benchmark.report import Summary, markdown, plot, summarise, table
 from saeforge.benchmark.search import Knob, found, next_value
 from saeforge.data.synthetic import PRESETS, SyntheticFiles, SyntheticSource
+from saeforge.data.synthetic.source import BLOCK_ROWS
 from saeforge.errors import ConfigError
 from saeforge.evaluation.ground_truth import CONVENTIONS
 from saeforge.registry import VARIANTS
@@ -77,10 +78,11 @@ def bench_synthetic(
     ):
         if stray:
             raise ConfigError(f"{kind} of {sorted(stray)[0]!r}, which is not among the variants: {', '.join(names)}")
-    levers = {name: knob_of(name, knobs or {}) for name in names}
+    levers = {name: knob_of(name, knobs or {}, every[name], targets[0]) for name in names}
     source: SyntheticFiles | SyntheticSource
     if data is None:
-        source = SyntheticSource(PRESETS[preset], rows=protocol.samples)
+        # A run shorter than a block of each lane reads the first rows of them.
+        source = SyntheticSource(PRESETS[preset], rows=max(protocol.samples, 8 * BLOCK_ROWS))
     else:
         source = SyntheticFiles(data, rows=protocol.samples)
     out = Path(out)

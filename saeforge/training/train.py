@@ -88,7 +88,9 @@ def train(
         source = ShardSource(str(x), input=site, target=target)
     elif hasattr(x, "read_block"):
         if target is not None or site is not None or group_rows != 1:
-            raise ConfigError("x is a block source, which knows its target and groups: leave out target, site, group_rows")
+            raise ConfigError(
+                "x is a block source, which knows its target and groups: leave out target, site, group_rows"
+            )
         source = cast(BlockSource, x)
     else:
         if isinstance(target, str) or site is not None:
