@@ -70,6 +70,7 @@ PEERS: dict[str, Peer] = {
 }
 #: Options of ours that make the architecture the same.
 OURS: dict[str, dict[str, Any]] = {"jumprelu": {"loss": "quadratic"}}
+KNOBS = {"jumprelu": "target:8:rising"}
 
 
 def matryoshka_widths(d_sae: int) -> list[int]:
@@ -169,7 +170,7 @@ def benchmark(arguments: argparse.Namespace, protocol: Protocol, cells: Cells) -
     for seed in range(arguments.seeds):
         for target in arguments.l0:
             for variant in arguments.variants:
-                knobs = {"ours": knob_of(variant, {}, OURS.get(variant, {}), target), "theirs": PEERS[variant].knob}
+                knobs = {"ours": knob_of(variant, KNOBS, OURS.get(variant, {}), target), "theirs": PEERS[variant].knob}
                 if arguments.peer_python is None:
                     del knobs["theirs"]
                 going = True
