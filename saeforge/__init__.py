@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from saeforge.benchmark import bench_synthetic as bench_synthetic
     from saeforge.cli.fit import fit as fit
     from saeforge.errors import SaeforgeError as SaeforgeError
     from saeforge.evaluation import evaluate as evaluate
@@ -35,6 +36,7 @@ _PUBLIC = {
     "SAE": "saeforge.sae",
     "SaeforgeError": "saeforge.errors",
     "Scale": "saeforge.steering",
+    "bench_synthetic": "saeforge.benchmark",
     "build_features": "saeforge.features",
     "concept_table": "saeforge.features.concepts",
     "evaluate": "saeforge.evaluation",
@@ -53,6 +55,7 @@ __all__ = [
     "FeatureStore",
     "SaeforgeError",
     "Scale",
+    "bench_synthetic",
     "build_features",
     "concept_table",
     "evaluate",

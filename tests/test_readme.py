@@ -36,6 +36,7 @@ SHORTER: dict[tuple[str, ...], list[str]] = {
     ("saeforge", "steer"): ["--max_new_tokens", "4"],
     ("saeforge", "variants"): [],
     ("saeforge", "new-variant"): [],
+    ("saeforge", "bench-synthetic"): ["--variants", "[topk]", "--samples", "20480", "--seeds", "1", "--l0", "[8]"],
 }
 SCRIPTS = {("bash", "scripts/quickstart.sh"), ("bash", "scripts/test.sh")}  # run by the slow test, and by CI
 

@@ -53,6 +53,9 @@ class ActivationData(LightningDataModule):
         seed: of the order; null is seed_everything.
     """
 
+    #: Threads that read; None: `reading_threads`. More of them help a source that computes its rows.
+    threads: int | None = None
+
     def __init__(
         self,
         path: str | None = None,
@@ -201,6 +204,7 @@ class ActivationData(LightningDataModule):
             rank=group.rank,
             world=group.size,
             device=self.trainer.strategy.root_device,
+            threads=self.threads,
             reuse=True,  # the trainer is done with a batch when it takes the next
         )
         if self._state is not None:

@@ -28,7 +28,7 @@ _TRAINING = set(inspect.signature(SAEModule).parameters) - {"variant", "d_in", "
 
 
 def train(
-    x: Tensor | np.ndarray | Iterable[Tensor] | Sequence[Tensor] | str | Path,
+    x: Tensor | np.ndarray | Iterable[Tensor] | Sequence[Tensor] | str | Path | BlockSource,
     *,
     variant: str | type[Variant] = "topk",
     target: Tensor | np.ndarray | Sequence[Tensor] | str | list[str] | None = None,
@@ -50,7 +50,8 @@ def train(
 
     Args:
         x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk. A list or
-            tuple of tensors or arrays: several sources side by side, row i of each the same token (a crosscoder).
+            tuple of tensors or arrays: several sources side by side, row i of each the same token (a crosscoder). Or a
+            block source, such as `saeforge.data.synthetic.SyntheticSource`.
         variant: entry-point name or class.
         target: (n, d_out) to reconstruct instead of x (a transcoder), or a list; for a dataset, the name of that site.
         site: of a dataset that has several, the one to read, or a list of sites side by side; "PATH#SITE" is one of
@@ -92,11 +93,17 @@ def train(
             raise ConfigError(
                 f"site {site!r} means {len(source.pairs)} SAEs; train() makes one: saeforge.fit makes several"
             )
+    elif hasattr(x, "read_block"):
+        if target is not None or site is not None or group_rows != 1:
+            raise ConfigError(
+                "x is a block source, which knows its target and groups: leave out target, site, group_rows"
+            )
+        source = cast(BlockSource, x)
     else:
         if isinstance(target, str) or site is not None:
             raise ConfigError("x is in memory, so target must be rows too, and site says nothing")
         rows, wanted = (tuple(part) if isinstance(part, list) else part for part in (x, target))
-        source = TensorSource(rows, wanted, validation_share=validation_share, unit=group_rows)
+        source = TensorSource(cast(Any, rows), wanted, validation_share=validation_share, unit=group_rows)
         # A small x still holds several batches per pass; 8 lanes divide every power of two from 8 on.
         while batch_size > 64 and batch_size * 4 > source.n_blocks("train") * source.block_rows("train"):
             batch_size = max(64, batch_size // 2 // 8 * 8)

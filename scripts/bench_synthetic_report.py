@@ -1,0 +1,68 @@
+"""The report of scripts/bench_synthetic.py: ours beside the peer at equal L0, with a verdict for each variant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from saeforge.benchmark.cells import Cells
+from saeforge.benchmark.report import Summary, markdown, plot, summarise, table
+from saeforge.evaluation.ground_truth import CONVENTIONS
+
+
+def pooled(a: Summary, b: Summary, name: str) -> float:
+    """Pooled standard deviation of two sets of equally many seeds."""
+    return float(((a.deviation(name) ** 2 + b.deviation(name) ** 2) / 2) ** 0.5)
+
+
+def verdict(ours: Summary, theirs: Summary) -> str:
+    """At least theirs minus one pooled standard deviation in F1 and MCC, in at most half of the time."""
+    if not ours.records or not theirs.records:
+        return "not measured"
+    faults = []
+    for name, title in (("f1", "F1"), ("mcc", "MCC")):
+        least = theirs.mean(name) - pooled(ours, theirs, name)
+        if ours.mean(name) < least:
+            faults.append(f"{title} {ours.mean(name):.4f} is below {least:.4f}")
+    ratio = theirs.mean("seconds") / ours.mean("seconds")
+    if ratio < 2:
+        faults.append(f"only {ratio:.2f} times as fast")
+    better = f"F1 {ours.mean('f1') - theirs.mean('f1'):+.4f}, MCC {ours.mean('mcc') - theirs.mean('mcc'):+.4f}, "
+    return f"{better}{ratio:.1f} times as fast: {'; '.join(faults) or 'holds'}"
+
+
+def write_report(cells: Cells, variants: Sequence[str], targets: Sequence[float], path: Path) -> None:
+    """Writes the Markdown file, a plot beside it, and all runs as JSON beside it."""
+    protocol = cells.content["header"]["protocol"]
+    summaries, verdicts = [], []
+    for variant in variants:
+        for target in targets:
+            pair = [summarise(cells, variant, target, side=side) for side in ("ours", "theirs")]
+            summaries += [summary for summary in pair if summary.records]
+            verdicts.append([variant, f"{target:g}", verdict(*pair)])
+    versions = sorted({cell["version"] for cell in cells.of(side="theirs")})
+    lines = [
+        f"# Known features: saeforge beside SAELens {', '.join(versions)}",
+        "",
+        f"Synthetic activations of one file, {protocol['d_sae']:,} latents, {protocol['samples']:,} rows in batches of "
+        f"{protocol['batch_size']:,}, constant lr {protocol['lr']:g}, {protocol['precision']}, "
+        f"{cells.content['header']['threads']} threads; made by `scripts/bench_synthetic.py`, whose head says how. "
+        "Mean ± standard deviation over seeds, at the wanted L0 of the saved SAE on held-out rows; where a penalty "
+        "sets it, interpolated linearly between the two runs around it (seconds too). Seconds are of training alone.",
+        "",
+        markdown(table(summaries, sides=True)),
+        "It holds if mean F1 and MCC are at least the peer's minus one pooled standard deviation, in at most half of "
+        "the time:",
+        "",
+        markdown([["variant", "L0", "ours against theirs"], *verdicts]),
+        *(f"* {name}: {meaning}." for name, meaning in CONVENTIONS.items()),
+    ]
+    for summary in summaries:
+        for seed in summary.missing:
+            lines.append(f"* {summary.variant}, {summary.side}, seed {seed}: no run near L0 {summary.target:g}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot(cells, variants, path.with_suffix(".svg"))
+    lines += ["", f"![F1, MCC and explained variance of every run over its L0]({path.with_suffix('.svg').name})"]
+    path.write_text("\n".join(lines) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(cells.content, indent=1) + "\n")
