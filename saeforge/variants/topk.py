@@ -25,6 +25,7 @@ from saeforge.variants.base import (
     Variant,
     check_pre_bias,
     geometric_median,
+    least_squares_factor,
     mean_norm_of_others,
     random_unit_rows,
 )
@@ -119,9 +120,7 @@ class TopK(Variant):
         center = self.b_dec if self.pre_bias else rows.mean(0)
         rebuilt = self._reconstruct(rows - center)
         wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
-        factor = (wanted * rebuilt).sum() / rebuilt.square().sum()
-        # Directions of a transcoder's encoder and decoder know nothing of each other yet: no factor to speak of.
-        return factor if factor > 0.01 else one
+        return least_squares_factor(wanted, rebuilt)
 
     def _reconstruct(self, shifted: Tensor) -> Tensor:
         code = encode(shifted, self.W_enc, None, SelectTopK(self.k))
