@@ -110,7 +110,7 @@ class Matryoshka(Variant):
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("mse_of_mean", torch.ones(()))
         self.register_buffer("ends", torch.tensor(ends), persistent=False)
-        self.register_buffer("weights", torch.tensor(given) / sum(given), persistent=False)
+        self.register_buffer("weights", torch.tensor(given), persistent=False)
 
     @torch.no_grad()
     def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
@@ -152,7 +152,8 @@ class Matryoshka(Variant):
         rebuilt = by_group.view(len(x), len(ends), self.d_out).cumsum(1)
         errors = (target - self.b_dec)[:, None] - rebuilt
         by_prefix = errors.square().sum(2)
-        terms = {"mse": self.mean_rows(by_prefix @ self.weights.to(by_prefix.dtype), batch.weight) / self.mse_of_mean}
+        weights = self.weights.to(by_prefix.dtype)
+        terms = {"mse": self.mean_rows(by_prefix @ (weights / weights.sum()), batch.weight) / self.mse_of_mean}
         if self.auxk.coefficient > 0:
             none = by_prefix.new_zeros(())
             terms["aux"] = none if dead is None else self.auxk.term(self, errors[:, -1], dead_rebuilt, batch.weight)
