@@ -14,6 +14,11 @@ def ramp(step: int, steps: int) -> float:
     return 1.0 if steps <= 0 else min(1.0, step / steps)
 
 
+def anneal(step: int, steps: int, start: float, end: float) -> float:
+    """Linear from `start` at step 0 to `end` at `steps`, then `end`."""
+    return start + (end - start) * ramp(step, steps)
+
+
 def rewarm(step: int, starts: Sequence[int], *, steps: int = 1000, low: float = 0.1) -> float:
     """Multiplier of the learning rate after each of `starts`: from `low` to 1 along half a cosine over `steps`."""
     factor = 1.0

@@ -119,6 +119,52 @@ def test_terms_and_every_gradient_equal_the_dense_oracle(
         assert_equals_oracle(build(cls, dtype=dtype), Batch(x, x, weight), rtol=rtol)
 
 
+@pytest.mark.parametrize("mode", ["auto", "reference", "stock"])
+@pytest.mark.parametrize("dead", [None, [3, 7, 8]])
+def test_multi_topk_is_the_sum_of_two_top_k_losses(
+    dead: list[int] | None, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one encoder product, one selection and one gradient of each weight (Gao et al. 2024, section 5.4)."""
+    monkeypatch.setenv("SAEFORGE_OPS", mode)
+    x = rows(ROWS)
+    for dtype, rtol in ((F64, 1e-10), (torch.float32, 1e-5)):
+        variant = build(TopK, dtype=dtype, multi_k=2, multi_k_weight=0.25)
+        assert isinstance(variant, TopK)
+        mask = torch.zeros(D_SAE, dtype=torch.bool)
+        if dead is not None:
+            mask[dead] = True
+            variant.tokens_since_fired[mask] = 50
+            variant.list_dead()
+        p = {name: value.detach().double().clone().requires_grad_() for name, value in variant.named_parameters()}
+        shared = {"mse_of_mean": variant.mse_of_mean.item(), "k_aux": variant.auxk.k, "dead": mask}
+        narrow, f = oracle.topk(p, x, x, k=variant.k, aux=variant.auxk.coefficient, **shared)
+        wide, _ = oracle.topk(p, x, x, k=2 * variant.k, aux=0.0, **shared)
+        truth = {**narrow, "multi_mse": 0.25 * wide["mse"]}
+        torch.stack(list(truth.values())).sum().backward()
+        out = variant.step(Batch(x, x), {})
+        assert out.terms.keys() == truth.keys()
+        assert out.code.k == variant.k
+        torch.testing.assert_close(out.code.to_dense().double(), f.detach(), rtol=rtol, atol=rtol)
+        for name, value in truth.items():
+            torch.testing.assert_close(out.terms[name].double(), value.detach(), rtol=rtol, atol=rtol, msg=name)
+        torch.stack(list(out.terms.values())).sum().backward()
+        for name, parameter in variant.named_parameters():
+            bound = rtol * max(1.0, p[name].grad.abs().max().item())
+            torch.testing.assert_close(parameter.grad.double(), p[name].grad, rtol=0, atol=bound, msg=name)
+
+
+def test_k_falls_linearly_and_stays() -> None:
+    variant = TopK(D, D, d_sae=D_SAE, k=2, k_start=8, k_anneal_share=0.5)
+    schedule = variant.schedules(100)["k"]
+    assert [schedule(step) for step in (0, 25, 50, 99)] == [8, 5, 2, 2]
+    assert TopK(D, D, d_sae=D_SAE, k=2).schedules(100) == {}
+    variant = build(TopK, k=2, k_start=8)
+    assert variant.step(Batch(rows(ROWS), rows(ROWS)), {"k": 5}).code.k == 5
+    for options in ({"k_start": 0}, {"k_start": D_SAE + 1}, {"k_anneal_share": 2.0}, {"multi_k": 1}, {"multi_k": D_SAE}):
+        with pytest.raises(ConfigError, match="expected"):
+            TopK(D, D, d_sae=D_SAE, k=2, **options)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_scaled_inputs_and_a_transcoder_of_other_width_equal_the_dense_oracle(cls: type[Variant]) -> None:
     x, target = rows(ROWS), rows(ROWS, 4, seed=2) - 7
@@ -563,6 +609,10 @@ def test_arguments_record_what_was_given_and_the_defaults() -> None:
         "d_out": 6,
         "d_sae": 32,
         "k": 4,
+        "k_start": None,
+        "k_anneal_share": 0.1,
+        "multi_k": None,
+        "multi_k_weight": 1 / 8,
         "aux": 1 / 32,
         "encoder_init": "least_squares",
         "k_aux": None,

@@ -112,6 +112,32 @@ class SparseCode:
             cache["nnz"] = self._cache["nnz"]
         return SparseCode(self.values[: self.nnz], indices, offsets, self.d_sae, None, cache)
 
+    def largest(self, k: int) -> tuple[SparseCode, SparseCode]:
+        """The k largest entries of each row, and the row cut into these and the others; for codes of constant k.
+
+        Args:
+            k: fewer than this code's own. Ties go to the lowest latent.
+
+        Returns:
+            A code of k entries a row. A code of 2B rows: row `2 b` holds the k largest of row b, `2 b + 1` the others;
+            decoded, it gives both shares of a reconstruction, and a weight one gradient. Both are differentiable in
+            `values`.
+        """
+        assert self.k is not None and k < self.k
+        table = (self.n_rows, self.k)
+        values, indices = self.values[: self.nnz].view(table), self.indices[: self.nnz].view(table)
+        rank = values.detach().argsort(dim=1, descending=True, stable=True)
+        among = torch.zeros(table, dtype=torch.bool, device=rank.device).scatter_(1, rank[:, :k], True)
+        order = (~among).to(torch.int8).argsort(dim=1, stable=True)  # the k largest first, either part by latent
+        values, indices = values.gather(1, order), indices.gather(1, order)
+        starts = self.k * torch.arange(self.n_rows, device=rank.device)
+        ends = torch.full((1,), self.nnz, device=rank.device)
+        offsets = torch.cat([torch.stack([starts, starts + k], dim=1).flatten(), ends])
+        cache = {"nnz": (torch.tensor(self.nnz),)}
+        cut = SparseCode(values.flatten(), indices.flatten(), offsets, self.d_sae, None, cache)
+        few = k * torch.arange(self.n_rows + 1, device=rank.device)
+        return SparseCode(values[:, :k].flatten(), indices[:, :k].flatten(), few, self.d_sae, k), cut
+
     def active_counts(self) -> Tensor:
         """(d_sae,) int64: in how many rows each latent is active (value != 0)."""
         return self._sum_by_latent((self.values[: self.nnz] != 0).to(torch.int64))

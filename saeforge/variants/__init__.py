@@ -2,7 +2,7 @@
 
 from saeforge.data.batch import Batch
 from saeforge.sae import SAE
-from saeforge.schedules import ramp
+from saeforge.schedules import anneal, ramp
 from saeforge.variants.auxk import AuxK
 from saeforge.variants.base import (
     DataStatistics,
@@ -18,8 +18,11 @@ from saeforge.variants.base import (
     Variant,
     check_pre_bias,
     geometric_median,
+    least_squares_factor,
+    mean_norm_of_others,
     random_unit_rows,
 )
+from saeforge.variants.batch_threshold import BatchThreshold
 from saeforge.variants.gated import Gated
 from saeforge.variants.l1_relu import L1ReLU
 from saeforge.variants.topk import TopK
@@ -28,6 +31,7 @@ __all__ = [
     "SAE",
     "AuxK",
     "Batch",
+    "BatchThreshold",
     "DataStatistics",
     "Gated",
     "InputScale",
@@ -42,8 +46,11 @@ __all__ = [
     "TopK",
     "Unfolded",
     "Variant",
+    "anneal",
     "check_pre_bias",
     "geometric_median",
+    "least_squares_factor",
+    "mean_norm_of_others",
     "ramp",
     "random_unit_rows",
 ]

@@ -486,6 +486,15 @@ def random_unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:
     return rows
 
 
+def least_squares_factor(wanted: Tensor, rebuilt: Tensor) -> Tensor:
+    """The scalar c that makes `|wanted - c rebuilt|` least, for the length of an encoder at the start.
+
+    1 if it is below 0.01: then the two know nothing of each other (a transcoder's random directions).
+    """
+    factor = (wanted * rebuilt).sum() / rebuilt.square().sum()
+    return torch.where(factor > 0.01, factor, torch.ones_like(factor))
+
+
 def mean_norm_of_others(rows: Tensor, latents: Tensor) -> Tensor:
     """Mean norm, a scalar, of the rows (d_sae, d) that are not in `latents` (n,); of all, if none is left."""
     others = torch.ones(len(rows), dtype=torch.bool, device=latents.device)

@@ -15,6 +15,7 @@ from saeforge.errors import ConfigError
 from saeforge.ops import TopK as SelectTopK
 from saeforge.ops import decode, decode_beside, encode, encode_beside
 from saeforge.sae import SAE
+from saeforge.schedules import anneal
 from saeforge.variants.auxk import AuxK
 from saeforge.variants.base import (
     DataStatistics,
@@ -25,6 +26,7 @@ from saeforge.variants.base import (
     Variant,
     check_pre_bias,
     geometric_median,
+    least_squares_factor,
     mean_norm_of_others,
     random_unit_rows,
 )
@@ -48,6 +50,11 @@ class TopK(Variant):
         d_out: width of the target.
         d_sae: number of latents.
         k: active latents per token.
+        k_start: k at the first step, if it falls (or rises) to `k` on the way; null is `k`.
+        k_anneal_share: share of the run over which it does.
+        multi_k: Multi-TopK (their section 5.4): the loss of `multi_k * k` latents is added, so that the dictionary
+            serves other k too; the paper's is 4. Null: none.
+        multi_k_weight: of that loss; the paper's is 1/8.
         aux: coefficient of AuxK; 0 turns it off.
         k_aux: dead latents that AuxK uses per token; default: the power of two nearest to d_in / 2.
         encoder_init: length of the encoder rows at the start, which begin as copies of the decoder's.
@@ -67,6 +74,10 @@ class TopK(Variant):
         *,
         d_sae: int = 4096,
         k: int = 32,
+        k_start: int | None = None,
+        k_anneal_share: float = 0.1,
+        multi_k: int | None = None,
+        multi_k_weight: float = 1 / 8,
         aux: float = 1 / 32,
         k_aux: int | None = None,
         encoder_init: EncoderInit = "least_squares",
@@ -76,9 +87,21 @@ class TopK(Variant):
         super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
         if not 1 <= k <= d_sae:
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
+        most = max(k, k_start or k)
+        if k_start is not None and not 1 <= k_start <= d_sae or not 0 <= k_anneal_share <= 1:
+            raise ConfigError(
+                f"k_start = {k_start}, k_anneal_share = {k_anneal_share}: expected 1 <= k_start <= d_sae and a share"
+            )
+        if multi_k is not None and not (2 <= multi_k and multi_k * most <= d_sae and multi_k_weight > 0):
+            raise ConfigError(
+                f"multi_k = {multi_k}, multi_k_weight = {multi_k_weight}: expected a multiple of at least 2 with "
+                f"multi_k * {most} <= d_sae = {d_sae}, and a positive weight"
+            )
         if encoder_init not in ("least_squares", "unit_probes", "tied"):
             raise ConfigError(f"encoder_init {encoder_init!r}: expected 'least_squares', 'unit_probes' or 'tied'")
         self.k, self.encoder_init, self.pre_bias = k, encoder_init, pre_bias
+        self.k_start, self.k_anneal_share = k_start, k_anneal_share
+        self.multi_k, self.multi_k_weight = multi_k, multi_k_weight
         self.auxk = AuxK.of(aux, k_aux, d_in)
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -119,32 +142,42 @@ class TopK(Variant):
         center = self.b_dec if self.pre_bias else rows.mean(0)
         rebuilt = self._reconstruct(rows - center)
         wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
-        factor = (wanted * rebuilt).sum() / rebuilt.square().sum()
-        # Directions of a transcoder's encoder and decoder know nothing of each other yet: no factor to speak of.
-        return factor if factor > 0.01 else one
+        return least_squares_factor(wanted, rebuilt)
 
     def _reconstruct(self, shifted: Tensor) -> Tensor:
         code = encode(shifted, self.W_enc, None, SelectTopK(self.k))
         return decode(code.with_values(code.values.relu()), self.W_dec)
 
     def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
-        """None: k and the AuxK coefficient are constant."""
-        return {}
+        """`k`, if it changes: linear from `k_start` to `k` over `k_anneal_share` of the run, rounded."""
+        if self.k_start is None:
+            return {}
+        start, steps = self.k_start, round(self.k_anneal_share * total_steps)
+        return {"k": lambda step: round(anneal(step, steps, start, self.k))}
 
     def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
-        """Terms `mse` (over that of predicting the mean) and `aux`."""
+        """Terms `mse` (over that of predicting the mean), `multi_mse` (the same with `multi_k * k`) and `aux`."""
         x, target = self.scaled(batch)
         shift = self.b_dec if self.pre_bias else None
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
-        selected, dead_pre = encode_beside(
-            x, self.W_enc, self.b_enc, SelectTopK(self.k), dead, shift=shift, dtype=dtype
-        )
+        k = int(schedule.get("k", self.k))
+        select = SelectTopK(k * (self.multi_k or 1))
+        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, select, dead, shift=shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         dead_values = None if dead is None else self.auxk.values(dead_pre)
-        rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)
+        terms = {}
+        if self.multi_k is None:
+            rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)
+        else:  # one selection and one decode for both: the k largest, and what the others add
+            code, halves = code.largest(k)
+            parts, dead_rebuilt = decode_beside(halves, self.W_dec, dead, dead_values, dtype=dtype)
+            rebuilt, others = parts.view(len(x), 2, self.d_out).unbind(1)
+            wide_error = (target - (rebuilt + others + self.b_dec)).square().sum(1)
+            multi_mse = self.mean_rows(wide_error, batch.weight) / self.mse_of_mean
+            terms["multi_mse"] = self.multi_k_weight * multi_mse
         error = target - (rebuilt + self.b_dec)
         squared_error = error.square().sum(1)
-        terms = {"mse": self.mean_rows(squared_error, batch.weight) / self.mse_of_mean}
+        terms["mse"] = self.mean_rows(squared_error, batch.weight) / self.mse_of_mean
         if self.auxk.coefficient > 0:
             none = squared_error.new_zeros(())
             terms["aux"] = none if dead is None else self.auxk.term(self, error, dead_rebuilt, batch.weight)

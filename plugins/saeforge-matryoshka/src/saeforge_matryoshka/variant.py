@@ -1,0 +1,197 @@
+"""Matryoshka SAEs, after Bussmann, Nabeshima, Karvonen and Nanda 2025."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saeforge.errors import ConfigError
+from saeforge.ops import BatchTopK, TopK, decode, decode_beside, encode, encode_beside
+from saeforge.variants import (
+    SAE,
+    AuxK,
+    Batch,
+    BatchThreshold,
+    DataStatistics,
+    InputScale,
+    Recipe,
+    ScheduleValues,
+    StepOutput,
+    Variant,
+    check_pre_bias,
+    geometric_median,
+    least_squares_factor,
+    mean_norm_of_others,
+    random_unit_rows,
+)
+from saeforge_matryoshka.prefixes import group_ends, random_ends
+
+
+@final
+class Matryoshka(Variant):
+    """Nested dictionaries in one (Bussmann et al. 2025, arXiv 2503.17547; Nabeshima 2024).
+
+    `f = select(ReLU(W_enc (x - b_dec) + b_enc))` over all latents at once, and for the prefix m of the dictionary
+    `x_hat_m = f[:m] W_dec[:m] + b_dec`. The loss is the mean over prefixes of their squared errors, over that of
+    predicting the mean, and AuxK on the error of the whole. Decoder rows have norm 1.
+
+    One decode gives every group's share of the reconstruction, and prefixes are cumulative sums over groups; their
+    gradient is the sum of residuals over suffixes, which autograd makes of it. Implementations disagree on whether the
+    prefixes' errors are summed or averaged; averaged, the learning rate and `aux` mean what they mean for BatchTopK.
+
+    Args:
+        d_in: width of the input.
+        d_out: width of the target.
+        d_sae: number of latents.
+        k: active latents per token; on average, under "batch_topk".
+        groups: widths of the groups, or their shares of d_sae; what remains is a last one. Null: SAEBench's 1/32, 1/16,
+            1/8, 1/4, the rest. The paper: 1/16, 1/16, 1/8, 1/4, 1/2.
+        group_weights: weight of each prefix's error, one for each group; null is 1 for all.
+        random_prefixes: this many prefixes, drawn anew at every step, take the place of `groups`; 0 keeps them fixed.
+        prefix_exponent: of the Pareto law of random prefixes; smaller ones favour long prefixes.
+        selection: "batch_topk" (the paper) or "topk".
+        aux: coefficient of AuxK; 0 turns it off.
+        k_aux: dead latents that AuxK uses per token; default: the power of two nearest to d_in / 2 (the paper: 512).
+        pre_bias: subtract the decoder's bias before the encoder; false for a transcoder.
+        input_scale: "rms", "sqrt_d" or "none".
+    """
+
+    mse_of_mean: Tensor
+    ends: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        d_sae: int = 4096,
+        k: int = 32,
+        groups: Sequence[float] | None = None,
+        group_weights: Sequence[float] | None = None,
+        random_prefixes: int = 0,
+        prefix_exponent: float = 0.5,
+        selection: Literal["batch_topk", "topk"] = "batch_topk",
+        aux: float = 1 / 32,
+        k_aux: int | None = None,
+        pre_bias: bool = True,
+        input_scale: InputScale = "rms",
+    ) -> None:
+        super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
+        if not 1 <= k <= d_sae:
+            raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
+        if selection not in ("batch_topk", "topk"):
+            raise ConfigError(f"selection {selection!r}: expected 'batch_topk' or 'topk'")
+        if random_prefixes and (groups is not None or group_weights is not None):
+            raise ConfigError("random_prefixes take the place of groups and group_weights; give one or the other")
+        if not 0 <= random_prefixes <= d_sae or random_prefixes == 1 or prefix_exponent <= 0:
+            raise ConfigError(
+                f"random_prefixes = {random_prefixes}, prefix_exponent = {prefix_exponent}: expected 0, or 2 to d_sae, "
+                "and a positive exponent"
+            )
+        ends = (d_sae,) * random_prefixes or group_ends(groups, d_sae)
+        given = [1.0] * len(ends) if group_weights is None else list(group_weights)
+        if len(given) != len(ends) or min(given) < 0 or given[-1] <= 0:
+            raise ConfigError(
+                f"group_weights = {given}: expected {len(ends)} weights of at least 0, and one above 0 for the whole"
+            )
+        self.k, self.selection, self.pre_bias = k, selection, pre_bias
+        self.random_prefixes, self.prefix_exponent = random_prefixes, prefix_exponent
+        self.auxk = AuxK.of(aux, k_aux, d_in)
+        self.threshold = BatchThreshold()
+        self._select = BatchTopK(k) if selection == "batch_topk" else TopK(k)
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.register_buffer("mse_of_mean", torch.ones(()))
+        self.register_buffer("ends", torch.tensor(ends), persistent=False)
+        self.register_buffer("weights", torch.tensor(given), persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
+        """Unit decoder rows; encoder = decoder, as long as reconstructs best; b_dec the geometric median."""
+        check_pre_bias(self.pre_bias, x, target)
+        self.set_scale(stats)
+        self.mse_of_mean.fill_(max(sum(stats.target.variance) * self.target_scale.item() ** 2, 1e-30))
+        self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator))
+        same = self.d_in == self.d_out
+        self.W_enc.copy_(self.W_dec if same else random_unit_rows(self.d_sae, self.d_in, generator))
+        self.b_enc.zero_()
+        self.b_dec.copy_(geometric_median(target[:32768].to(self.b_dec.dtype) * self.target_scale))
+        every = max(1, len(x) // 4096)
+        rows = x[::every].to(self.W_enc) * self.scale
+        centre = self.b_dec if self.pre_bias else rows.mean(0)
+        code = encode(rows - centre, self.W_enc, None, self._select)
+        wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
+        self.W_enc.mul_(least_squares_factor(wanted, decode(code.with_values(code.values.relu()), self.W_dec)))
+        if not self.pre_bias:
+            mean = torch.tensor(stats.input.mean, dtype=self.b_enc.dtype, device=self.b_enc.device)
+            self.b_enc.copy_(-self.W_enc @ (mean * self.scale))
+
+    def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
+        """None."""
+        return {}
+
+    def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
+        """Terms `mse` (mean over prefixes, over that of predicting the mean) and `aux`."""
+        x, target = self.scaled(batch)
+        shift = self.b_dec if self.pre_bias else None
+        dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
+        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=shift, dtype=dtype)
+        code = selected.with_values(selected.values.relu())
+        if self.selection == "batch_topk":
+            self.threshold.follow(code.values[: code.nnz], self.run.group, self.run.total_steps)
+        dead_values = None if dead is None else self.auxk.values(dead_pre)
+        ends = self._prefixes()
+        by_group, dead_rebuilt = decode_beside(code.split(ends), self.W_dec, dead, dead_values, dtype=dtype)
+        rebuilt = by_group.view(len(x), len(ends), self.d_out).cumsum(1)
+        errors = (target - self.b_dec)[:, None] - rebuilt
+        by_prefix = errors.square().sum(2)
+        weights = self.weights.to(by_prefix.dtype)
+        terms = {"mse": self.mean_rows(by_prefix @ (weights / weights.sum()), batch.weight) / self.mse_of_mean}
+        if self.auxk.coefficient > 0:
+            none = by_prefix.new_zeros(())
+            terms["aux"] = none if dead is None else self.auxk.term(self, errors[:, -1], dead_rebuilt, batch.weight)
+        return self.output(terms, code, by_prefix[:, -1])
+
+    def _prefixes(self) -> Tensor:
+        """(n,) int64: where the prefixes of this step end. Random ones are a function of the step, on all ranks."""
+        if not self.random_prefixes:
+            return self.ends
+        generator = torch.Generator().manual_seed(self.observed())
+        return random_ends(self.random_prefixes, self.d_sae, self.prefix_exponent, generator).to(self.ends.device)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Decoder rows of norm 1; the rest free."""
+        return [
+            {"params": [self.W_dec], "constraint": "unit_norm"},
+            {"params": [self.W_enc, self.b_enc, self.b_dec], "constraint": None},
+        ]
+
+    def recipe(self, total_steps: int) -> Recipe:
+        """Adam(0.9, 0.99), lr 3e-4, constant, gradient norm at most 1."""
+        return Recipe(lr=3e-4, betas=(0.9, 0.99))
+
+    @torch.no_grad()
+    def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
+        """Decoder rows point at the rows, the encoder at them without the pre-encoder bias, as long as the others'."""
+        shifted = x - self.b_dec if self.pre_bias else x
+        self.W_dec[latents] = F.normalize(target, dim=1)
+        self.W_enc[latents] = F.normalize(shifted, dim=1) * mean_norm_of_others(self.W_enc, latents)
+        self.b_enc[latents] = 0.0
+        return [self.W_dec, self.W_enc, self.b_enc]
+
+    @torch.no_grad()
+    def fold(self) -> SAE:
+        """Rule `threshold`, the same for all latents; `topk` under that selection."""
+        shift = self.b_dec if self.pre_bias else None
+        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        if self.selection == "topk":
+            return self.folded(*weights, shift=shift, k=self.k)
+        threshold = self.threshold.value.to(self.b_enc.dtype).expand_as(self.b_enc)
+        return self.folded(*weights, shift=shift, threshold=threshold)
