@@ -18,6 +18,7 @@ from saeforge.variants.base import (
     Variant,
     check_pre_bias,
     geometric_median,
+    mean_norm_of_others,
     random_unit_rows,
 )
 from saeforge.variants.gated import Gated
@@ -44,6 +45,7 @@ __all__ = [
     "Variant",
     "check_pre_bias",
     "geometric_median",
+    "mean_norm_of_others",
     "ramp",
     "random_unit_rows",
 ]
