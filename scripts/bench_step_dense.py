@@ -7,12 +7,16 @@ bf16 all products run in bf16 autocast. AuxK is left out: no latent is dead in a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from saeforge.variants import Batch, Gated, L1ReLU, TopK, Variant
+
+#: Variants of our plugins are known by name: a benchmark of another one runs without them.
+JumpReLU = Any
 
 #: Loss and the (B, d_sae) latents.
 Dense = tuple[Tensor, Tensor]
@@ -44,19 +48,43 @@ def gated(sae: Gated, x: Tensor, schedule: Mapping[str, float]) -> Dense:
     return squared_error(sae, x, f).mean() + aux.mean() + schedule["l1"] * penalty, f
 
 
-def squared_error(sae: TopK | L1ReLU | Gated, x: Tensor, f: Tensor) -> Tensor:
+class _Jump(torch.autograd.Function):
+    """z 1[z > theta] and 1[z > theta] of (B, d_sae), with the pseudo-gradients of a rectangle."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        active = (z > theta).to(z.dtype)
+        ctx.save_for_backward(z, theta, active)
+        ctx.bandwidth = bandwidth
+        return z * active, active
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, theta, active = ctx.saved_tensors
+        inside = (z - theta).abs() < ctx.bandwidth / 2
+        return grads[0] * active, -((theta * grads[0] + grads[1]) * inside).sum(0) / ctx.bandwidth, None
+
+
+def jumprelu(sae: JumpReLU, x: Tensor, schedule: Mapping[str, float]) -> Dense:
+    """See `saeforge_jumprelu.JumpReLU`: loss "step", a rectangle, gradients to thresholds alone."""
+    z = F.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
+    f, active = _Jump.apply(z, sae.thresholds().to(z.dtype), sae.bandwidth)
+    return squared_error(sae, x, f).mean() + schedule["sparsity"] * active.sum(1).float().mean(), f
+
+
+def squared_error(sae: TopK | L1ReLU | Gated | JumpReLU, x: Tensor, f: Tensor) -> Tensor:
     """(B,) of the reconstruction from (B, d_sae) latents."""
     return (x - (f @ sae.W_dec + sae.b_dec)).square().sum(1)
 
 
-LOSSES: dict[type[Variant], Callable[..., Dense]] = {TopK: topk, L1ReLU: l1_relu, Gated: gated}
+LOSSES: dict[str, Callable[..., Dense]] = {"TopK": topk, "L1ReLU": l1_relu, "Gated": gated, "JumpReLU": jumprelu}
 
 
 def dense_forward(sae: Variant, rows: Tensor, schedule: Mapping[str, float]) -> Dense:
     """Loss with its graph, and latents, of one batch of raw rows."""
     x, _ = sae.scaled(Batch(rows, rows))
     with torch.autocast("cpu", torch.bfloat16, enabled=sae.run.compute_dtype == torch.bfloat16):
-        found: Dense = LOSSES[type(sae)](sae, x, schedule)
+        found: Dense = LOSSES[type(sae).__name__](sae, x, schedule)
     return found
 
 

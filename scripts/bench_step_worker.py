@@ -52,12 +52,14 @@ def build(job: dict[str, Any], rows: Tensor) -> Member:
     member.prepare(source.pairs[0], source.statistics, run)
     member.initialise((rows,))
     if job["variant"] != "topk":
-        bias = {"l1_relu": "b_enc", "gated": "b_gate"}[job["variant"]]
-        weight = {"l1_relu": "W_enc", "gated": "W_gate"}[job["variant"]]
+        bias = {"l1_relu": "b_enc", "gated": "b_gate", "jumprelu": "b_enc"}[job["variant"]]
+        weight = {"l1_relu": "W_enc", "gated": "W_gate", "jumprelu": "W_enc"}[job["variant"]]
         x = rows[:BIAS_ROWS].float() * variant.scale
-        if job["variant"] == "gated":
+        if job["variant"] != "l1_relu":
             x = x - variant.get_parameter("b_dec")
         set_rate_(variant.get_parameter(weight), variant.get_parameter(bias), x, job["l0"] / job["d_sae"])
+        if job["variant"] == "jumprelu":
+            variant.get_parameter(bias).data += variant.get_parameter("threshold").detach().exp()
     return member
 
 

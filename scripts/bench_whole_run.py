@@ -1,6 +1,7 @@
-"""A whole run of l1_relu and gated from its initialisation, dense phase included, beside the dense twin.
+"""A whole run of l1_relu, gated and jumprelu from its initialisation, dense phase included, beside the dense twin.
 
     saeforge harvest --config configs/quickstart/harvest.yaml
+    python -m pip install --no-deps plugins/saeforge-jumprelu
     python scripts/bench_whole_run.py --data data/quickstart --out docs/benchmarks/DATE-whole-run-cpu
 
 A threshold variant starts with half of its latents active; until few are, products are dense here too. Both train
@@ -27,22 +28,25 @@ from torch import Tensor
 from saeforge.data.loader import TrainLoader
 from saeforge.data.source import ShardSource
 from saeforge.ops import Group
+from saeforge.registry import VARIANTS
 from saeforge.training.data import ActivationData
 from saeforge.training.member import Member, Settings
-from saeforge.variants import Gated, L1ReLU, RunSettings, Variant
+from saeforge.variants import RunSettings
 
 GOAL = 2.0
 TURN = 25
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VARIANTS: dict[str, tuple[type[Variant], dict[str, Any]]] = {
-    "l1_relu": (L1ReLU, {"l1": 3.0}),
-    "gated": (Gated, {"l1": 0.12}),
+OPTIONS: dict[str, dict[str, Any]] = {
+    "l1_relu": {"l1": 3.0},
+    "gated": {"l1": 0.12},
+    # What its README advises for short runs.
+    "jumprelu": {"sparsity": 1.5e-3, "threshold_parameter": "linear", "b_dec_init": "mean", "bandwidth": 0.03},
 }
 
 
 def build(source: ShardSource, name: str, precision: str, given: argparse.Namespace) -> Member:
     """An SAE in training, started from the data."""
-    cls, options = VARIANTS[name]
+    cls, options = VARIANTS.load(name), OPTIONS[name]
     settings = Settings(lr=1e-3, lr_warmup_steps=given.steps // 20, lr_decay_share=0.2)
     member = Member(cls(source.widths[0], source.widths[0], d_sae=given.d_sae, **options), settings)
     member.prepare(source.pairs[0], source.statistics, RunSettings(given.steps, 10**9, DTYPES[precision], Group()))
@@ -114,7 +118,7 @@ def main() -> None:
     parser.add_argument("--d_sae", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     source = ShardSource(given.data)

@@ -81,12 +81,35 @@ def test_the_dense_twin_is_the_papers_formula(variant: str, tmp_path: Path) -> N
         assert (value.grad - reference).norm() <= 1e-6 * reference.norm(), name
 
 
-@pytest.mark.parametrize("variant", ["l1_relu", "gated"])
+def test_the_dense_twin_of_jumprelu_has_our_loss_and_gradients(tmp_path: Path) -> None:
+    pytest.importorskip("saeforge_jumprelu", reason="a plugin")
+    setting = tiny(variant="jumprelu")
+    rows = rows_of(setting, tmp_path)
+    sae = build(setting, rows).variant.double()
+    sae.bandwidth = 0.2  # many entries near their thresholds
+    gradients = []
+    for dense in (False, True):
+        if dense:
+            loss, latents = script("bench_step_dense").dense_forward(sae, rows[:64], {"sparsity": 0.3})
+        else:
+            out = sae.step(Batch(rows[:64], rows[:64]), {"sparsity": 0.3})
+            loss, latents = torch.stack(list(out.terms.values())).sum(), out.code.to_dense()
+        sae.zero_grad()
+        loss.backward()
+        gradients.append([loss.detach(), (latents > 0).double(), *(value.grad for value in sae.parameters())])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # products in fp32
+
+
+@pytest.mark.parametrize("variant", ["l1_relu", "gated", "jumprelu"])
 def test_biases_bring_l0_to_where_it_is_wanted(variant: str, tmp_path: Path) -> None:
+    if variant == "jumprelu":
+        pytest.importorskip("saeforge_jumprelu", reason="a plugin")
     setting = tiny(variant=variant, batch=256)
     rows = rows_of(setting, tmp_path)
     member = build(setting, rows)
-    code = member.variant.step(Batch(rows, rows), {"l1": 0.0}).code
+    code = member.variant.step(Batch(rows, rows), {"l1": 0.0, "sparsity": 0.0}).code
     # Of gated, a few entries pass the gate with a magnitude of 0: where the bias of the gate came out positive.
     assert code.l0().double().mean() == pytest.approx(setting.l0, rel=0.04)
 
