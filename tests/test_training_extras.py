@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,19 @@ def test_the_command_line_and_train_give_the_same_sae(tmp_path: Path) -> None:
         == 0
     )
     assert_equal(by_call.state_dict(), saeforge.load(tmp_path / "run").state_dict())
+
+
+def test_the_page_names_every_option() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| `")]
+    for name in inspect.signature(SAEModule).parameters:
+        if name not in ("variant", "d_in", "d_out"):
+            assert any(f"`{name}`" in row.split(" | ")[0] for row in table), name
+
+
+def test_an_unknown_option_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"unknown option 'target_L0'; expected .*target_l0"):
+        saeforge.train(toy_rows(1024), training={"target_L0": 3})
 
 
 # target_l0 -----------------------------------------------------------------------------------------------------
