@@ -1,6 +1,6 @@
-"""Trains three variants on the toy dataset and writes their losses; run alone or under `torchrun --nproc-per-node 2`.
+"""Trains three variants on the toy dataset, and one with every option of a run, and writes their losses.
 
-python -m tests.ddp_worker DATASET OUT.json
+Alone or under `torchrun --nproc-per-node 2`: python -m tests.ddp_worker DATASET OUT.json
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ def main(dataset: str, out: str) -> None:
     """Trains each variant with the same global batch of 256 rows."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     result: dict[str, Any] = {}
-    for variant, options in ((TopK, {"k": 4}), (L1ReLU, {"l1": 1.0}), (Gated, {})):
+    everything = {"target_l0": 8.0, "ema_half_life_steps": 5.0, "whitening": "zca"}
+    runs: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
+        ("TopK", TopK, {"k": 4}, {}),
+        ("L1ReLU", L1ReLU, {"l1": 1.0}, {}),
+        ("Gated", Gated, {}, {}),
+        ("everything", Gated, {}, everything),
+    ]
+    for name, variant, options, settings in runs:
         data = ActivationData.of(ShardSource(dataset), batch_size=256)
         module = SAEModule(
             lambda d_in, d_out, v=variant, o=options: v(d_in, d_out, d_sae=512, **o),  # type: ignore[misc]
@@ -46,6 +53,7 @@ def main(dataset: str, out: str) -> None:
             data.d_out,
             lr=1e-3,
             dead_after_tokens=512,  # AuxK is at work from the third step on
+            **settings,
         )
         losses = Losses()
         trainer = SAETrainer(
@@ -58,7 +66,7 @@ def main(dataset: str, out: str) -> None:
         )
         trainer.callbacks.append(losses)  # type: ignore[attr-defined]
         trainer.fit(module, data)
-        result[variant.__name__] = losses.steps
+        result[name] = losses.steps
         validated = [step["val_fvu"] for step in losses.steps if "val_fvu" in step]
         assert validated
     if int(os.environ.get("RANK", "0")) == 0:

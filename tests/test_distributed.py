@@ -46,7 +46,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     return losses(dataset, folder / "one.json", 1), losses(dataset, folder / "two.json", 2)
 
 
-@pytest.mark.parametrize("variant", ["TopK", "L1ReLU", "Gated"])
+@pytest.mark.parametrize("variant", ["TopK", "L1ReLU", "Gated", "everything"])
 def test_two_ranks_give_the_losses_of_one(variant: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     one, two = (result[variant] for result in both)
     assert len(one) == len(two) == STEPS

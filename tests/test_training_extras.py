@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -187,20 +188,34 @@ def test_the_command_line_and_train_give_the_same_sae(tmp_path: Path) -> None:
     assert_equal(by_call.state_dict(), saeforge.load(tmp_path / "run").state_dict())
 
 
+def test_the_page_names_every_option() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| `")]
+    for name in inspect.signature(SAEModule).parameters:
+        if name not in ("variant", "d_in", "d_out"):
+            assert any(f"`{name}`" in row.split(" | ")[0] for row in table), name
+
+
+def test_an_unknown_option_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"unknown option 'target_L0'; expected .*target_l0"):
+        saeforge.train(toy_rows(1024), training={"target_L0": 3})
+
+
 # target_l0 -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("variant", "coefficient"), [("l1_relu", 0.05), ("l1_relu", 0.8), ("gated", 0.004), ("gated", 0.4)]
+    ("variant", "coefficient", "lr"),
+    [("l1_relu", 0.05, 1e-2), ("l1_relu", 0.8, 1e-2), ("gated", 0.004, 3e-3), ("gated", 0.4, 3e-3)],
 )
-def test_l0_reaches_its_target_from_any_coefficient(variant: str, coefficient: float) -> None:
+def test_l0_reaches_its_target_from_any_coefficient(variant: str, coefficient: float, lr: float) -> None:
     errors: list[float] = []
 
     def look(step: int, member: Member) -> None:
         assert member.target_l0 is not None
         errors.append(member.target_l0.smoothed.item())
 
-    module = run(variant, steps=400, options={"l1": coefficient}, target_l0=6.0, lr=3e-3, lr_decay_share=0.2, look=look)
+    module = run(variant, steps=400, options={"l1": coefficient}, target_l0=6.0, lr=lr, lr_decay_share=0.2, look=look)
     assert l0_of(module.folded()[0]) == pytest.approx(6.0, rel=0.03)
     assert torch.tensor(errors[280:]).abs().max() < 0.1  # it has settled, and does not ring
     controller = module.members[0].target_l0

@@ -630,7 +630,7 @@ def test_arguments_record_what_was_given_and_the_defaults() -> None:
         (TopK, {"aux": -1.0}, "aux = -1.0"),
         (TopK, {"k_aux": 0}, "k_aux = 0"),
         (L1ReLU, {"l1": -1.0}, "l1 = -1.0"),
-        (L1ReLU, {"l1_warmup_share": 1.5}, "l1_warmup = 1.5"),
+        (L1ReLU, {"l1_warmup_share": 1.5}, "l1_warmup_share = 1.5"),
         (L1ReLU, {"decoder_init_norm": 0.0}, "decoder_init_norm = 0.0"),
         (Gated, {"l1": -0.1}, "l1 = -0.1"),
         (Gated, {"input_scale": "layer_norm"}, "input_scale 'layer_norm'"),
