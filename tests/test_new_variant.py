@@ -49,7 +49,7 @@ def test_what_is_made_keeps_the_contract_and_learns(kind: str, tmp_path: Path, m
     folder = new_variant(f"made_{kind}", kind=kind, into=tmp_path)
     cls = made_class(folder, monkeypatch)
     assert contract_faults(cls, Variant) == []
-    options: dict[str, Any] = {"topk": {"k": 4}, "penalty": {"strength": 0.05}}[kind]
+    options: dict[str, Any] = {"k": 4} if kind == "topk" else {"strength": 0.05}
     x = toy_rows(8192)
     run: dict[str, Any] = {
         "tokens": 400_000,
