@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,15 @@ def test_what_is_made_keeps_the_contract_and_learns(kind: str, tmp_path: Path, m
     folder = new_variant(f"made_{kind}", kind=kind, into=tmp_path)
     cls = made_class(folder, monkeypatch)
     assert contract_faults(cls, Variant) == []
-    options = {"topk": {"k": 4}, "penalty": {"strength": 0.05}}[kind]
+    options: dict[str, Any] = {"k": 4} if kind == "topk" else {"strength": 0.05}
     x = toy_rows(8192)
-    run = {"tokens": 400_000, "batch_size": 512, "lr": 3e-3, "progress": False, "seed": 1}  # 0 starts at toy_rows' own
+    run: dict[str, Any] = {
+        "tokens": 400_000,
+        "batch_size": 512,
+        "lr": 3e-3,
+        "progress": False,
+        "seed": 1,
+    }  # 0 starts at toy_rows' own
     sae = saeforge.train(x, variant=cls, d_sae=96, **run, **options)
     assert sae.rule == {"topk": "topk", "penalty": "threshold"}[kind]
     assert (sae(x) - x).square().sum() < 0.25 * (x - x.mean(0)).square().sum()
