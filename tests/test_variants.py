@@ -136,7 +136,7 @@ def test_multi_topk_is_the_sum_of_two_top_k_losses(
             variant.tokens_since_fired[mask] = 50
             variant.list_dead()
         p = {name: value.detach().double().clone().requires_grad_() for name, value in variant.named_parameters()}
-        shared = {"mse_of_mean": variant.mse_of_mean.item(), "k_aux": variant.auxk.k, "dead": mask}
+        shared: dict[str, Any] = {"mse_of_mean": variant.mse_of_mean.item(), "k_aux": variant.auxk.k, "dead": mask}
         narrow, f = oracle.topk(p, x, x, k=variant.k, aux=variant.auxk.coefficient, **shared)
         wide, _ = oracle.topk(p, x, x, k=2 * variant.k, aux=0.0, **shared)
         truth = {**narrow, "multi_mse": 0.25 * wide["mse"]}
@@ -149,8 +149,11 @@ def test_multi_topk_is_the_sum_of_two_top_k_losses(
             torch.testing.assert_close(out.terms[name].double(), value.detach(), rtol=rtol, atol=rtol, msg=name)
         torch.stack(list(out.terms.values())).sum().backward()
         for name, parameter in variant.named_parameters():
-            bound = rtol * max(1.0, p[name].grad.abs().max().item())
-            torch.testing.assert_close(parameter.grad.double(), p[name].grad, rtol=0, atol=bound, msg=name)
+            truth_of, found = p[name].grad, parameter.grad
+            assert truth_of is not None
+            assert found is not None
+            bound = rtol * max(1.0, truth_of.abs().max().item())
+            torch.testing.assert_close(found.double(), truth_of, rtol=0, atol=bound, msg=name)
 
 
 def test_k_falls_linearly_and_stays() -> None:
@@ -158,11 +161,18 @@ def test_k_falls_linearly_and_stays() -> None:
     schedule = variant.schedules(100)["k"]
     assert [schedule(step) for step in (0, 25, 50, 99)] == [8, 5, 2, 2]
     assert TopK(D, D, d_sae=D_SAE, k=2).schedules(100) == {}
-    variant = build(TopK, k=2, k_start=8)
-    assert variant.step(Batch(rows(ROWS), rows(ROWS)), {"k": 5}).code.k == 5
-    for options in ({"k_start": 0}, {"k_start": D_SAE + 1}, {"k_anneal_share": 2.0}, {"multi_k": 1}, {"multi_k": D_SAE}):
+    built = build(TopK, k=2, k_start=8)
+    assert built.step(Batch(rows(ROWS), rows(ROWS)), {"k": 5}).code.k == 5
+    wrong: list[dict[str, Any]] = [
+        {"k_start": 0},
+        {"k_start": D_SAE + 1},
+        {"k_anneal_share": 2.0},
+        {"multi_k": 1},
+        {"multi_k": D_SAE},
+    ]
+    for options in wrong:
         with pytest.raises(ConfigError, match="expected"):
-            TopK(D, D, d_sae=D_SAE, k=2, **options)  # type: ignore[arg-type]
+            TopK(D, D, d_sae=D_SAE, k=2, **options)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -123,7 +123,8 @@ class SparseCode:
             decoded, it gives both shares of a reconstruction, and a weight one gradient. Both are differentiable in
             `values`.
         """
-        assert self.k is not None and k < self.k
+        assert self.k is not None
+        assert k < self.k
         table = (self.n_rows, self.k)
         values, indices = self.values[: self.nnz].view(table), self.indices[: self.nnz].view(table)
         rank = values.detach().argsort(dim=1, descending=True, stable=True)
@@ -133,7 +134,7 @@ class SparseCode:
         starts = self.k * torch.arange(self.n_rows, device=rank.device)
         ends = torch.full((1,), self.nnz, device=rank.device)
         offsets = torch.cat([torch.stack([starts, starts + k], dim=1).flatten(), ends])
-        cache = {"nnz": (torch.tensor(self.nnz),)}
+        cache: dict[str, tuple[Tensor, ...]] = {"nnz": (torch.tensor(self.nnz),)}
         cut = SparseCode(values.flatten(), indices.flatten(), offsets, self.d_sae, None, cache)
         few = k * torch.arange(self.n_rows + 1, device=rank.device)
         return SparseCode(values[:, :k].flatten(), indices[:, :k].flatten(), few, self.d_sae, k), cut

@@ -88,7 +88,7 @@ class TopK(Variant):
         if not 1 <= k <= d_sae:
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
         most = max(k, k_start or k)
-        if k_start is not None and not 1 <= k_start <= d_sae or not 0 <= k_anneal_share <= 1:
+        if (k_start is not None and not 1 <= k_start <= d_sae) or not 0 <= k_anneal_share <= 1:
             raise ConfigError(
                 f"k_start = {k_start}, k_anneal_share = {k_anneal_share}: expected 1 <= k_start <= d_sae and a share"
             )

@@ -32,7 +32,9 @@ def rows(n: int = ROWS) -> Tensor:
     return torch.randn(n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def dense(p: dict[str, Tensor], x: Tensor, k: float, dead: Tensor, *, k_aux: int = 3) -> tuple[dict[str, Tensor], Tensor]:
+def dense(
+    p: dict[str, Tensor], x: Tensor, k: float, dead: Tensor, *, k_aux: int = 3
+) -> tuple[dict[str, Tensor], Tensor]:
     """The paper's formulas, nothing of saeforge."""
     pre = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     best = pre.detach().flatten().argsort(descending=True, stable=True)[: round(k * len(x))]

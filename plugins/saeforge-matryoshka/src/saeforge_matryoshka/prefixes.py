@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ def group_ends(groups: Sequence[float] | None, d_sae: int) -> tuple[int, ...]:
     """The end of each group of latents, ascending; the last one is d_sae.
 
     Args:
-        groups: widths of the groups (integers), or shares of d_sae (below 1); what remains is a last group. None: `SHARES`.
+        groups: widths of the groups (integers) or shares of d_sae (below 1); what remains is one more. None: `SHARES`.
         d_sae: number of latents.
 
     Raises:
@@ -38,8 +39,10 @@ def group_ends(groups: Sequence[float] | None, d_sae: int) -> tuple[int, ...]:
     ends = [min(end, d_sae) for end in ends]
     if ends[-1] < d_sae:
         ends.append(d_sae)
-    if ends[0] < 1 or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
-        raise ConfigError(f"groups = {list(given)} leave a group without latents (d_sae = {d_sae}); use fewer or larger")
+    if ends[0] < 1 or any(a >= b for a, b in itertools.pairwise(ends)):
+        raise ConfigError(
+            f"groups = {list(given)} leave a group without latents (d_sae = {d_sae}); use fewer or larger"
+        )
     return tuple(ends)
 
 
