@@ -3,7 +3,7 @@
     python scripts/bench_step.py --out docs/benchmarks/DATE-step-cpu \
         --peers-python sparsify=PEER1/bin/python saelens=PEER2/bin/python dictionary_learning=PEER3/bin/python
     python scripts/bench_step.py --variant l1_relu --out docs/benchmarks/DATE-step-l1-relu-cpu    (or gated; or
-        jumprelu, with its plugin installed)
+        jumprelu, batchtopk, matryoshka, with their plugins installed)
     python scripts/bench_step.py --sweep d_sae --out docs/benchmarks/DATE-step-by-d_sae-cpu       (or k, batch, threads)
 
 Each peer lives in an environment of its own (torch 2.13.0 first, the CPU's build):
@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from bench_quality_judge import machine
-from bench_step_report import LOSS_TOLERANCE, loss_difference, report
+from bench_step_report import LOSS_TOLERANCE, PROMISES, loss_difference, report
 
 from saeforge.errors import ConfigError, SaeforgeError
 
@@ -47,7 +47,7 @@ PAUSE = 0.1
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of a step and rhythm of the benchmark. `l0` is what l1_relu, gated and jumprelu are held at."""
+    """Sizes of a step and rhythm of the benchmark. `l0` is what all variants but topk are held at."""
 
     variant: str = "topk"
     d_in: int = 768
@@ -279,7 +279,7 @@ def parse_peers(given: list[str]) -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", choices=("topk", "l1_relu", "gated", "jumprelu"), default=Setting.variant)
+    parser.add_argument("--variant", choices=list(PROMISES), default=Setting.variant)
     for name, value in asdict(Setting()).items():
         if name != "variant":
             parser.add_argument(f"--{name}", type=type(value), default=value)

@@ -16,7 +16,7 @@ from torch import Tensor
 from saeforge.variants import Batch, Gated, L1ReLU, TopK, Variant
 
 #: Variants of our plugins are known by name: a benchmark of another one runs without them.
-JumpReLU = Any
+BatchTopKSAE = JumpReLU = Matryoshka = Any
 
 #: Loss and the (B, d_sae) latents.
 Dense = tuple[Tensor, Tensor]
@@ -72,12 +72,41 @@ def jumprelu(sae: JumpReLU, x: Tensor, schedule: Mapping[str, float]) -> Dense:
     return squared_error(sae, x, f).mean() + schedule["sparsity"] * active.sum(1).float().mean(), f
 
 
-def squared_error(sae: TopK | L1ReLU | Gated | JumpReLU, x: Tensor, f: Tensor) -> Tensor:
+def batch_latents(sae: BatchTopKSAE | Matryoshka, x: Tensor) -> Tensor:
+    """(B, d_sae) of which k * B are active; one top-k of the flattened batch, as the paper's code and SAELens do it."""
+    pre = F.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
+    values, indices = torch.topk(pre.flatten(), round(sae.k * len(x)), sorted=False)
+    return torch.zeros_like(pre).flatten().scatter(0, indices, values.relu()).view_as(pre)
+
+
+def batchtopk(sae: BatchTopKSAE, x: Tensor, schedule: Mapping[str, float]) -> Dense:
+    """See `saeforge_batchtopk.BatchTopKSAE`."""
+    f = batch_latents(sae, x)
+    return squared_error(sae, x, f).mean() / sae.mse_of_mean, f
+
+
+def matryoshka(sae: Matryoshka, x: Tensor, schedule: Mapping[str, float]) -> Dense:
+    """See `saeforge_matryoshka.Matryoshka`: group by group, so that each decoder row is multiplied once."""
+    f, rebuilt, total, start = batch_latents(sae, x), sae.b_dec, 0.0, 0
+    for end in sae.ends.tolist():
+        rebuilt = rebuilt + f[:, start:end] @ sae.W_dec[start:end]
+        total, start = total + (x - rebuilt).square().sum(1).mean(), end
+    return total / len(sae.ends) / sae.mse_of_mean, f
+
+
+def squared_error(sae: TopK | L1ReLU | Gated | JumpReLU | BatchTopKSAE, x: Tensor, f: Tensor) -> Tensor:
     """(B,) of the reconstruction from (B, d_sae) latents."""
     return (x - (f @ sae.W_dec + sae.b_dec)).square().sum(1)
 
 
-LOSSES: dict[str, Callable[..., Dense]] = {"TopK": topk, "L1ReLU": l1_relu, "Gated": gated, "JumpReLU": jumprelu}
+LOSSES: dict[str, Callable[..., Dense]] = {
+    "TopK": topk,
+    "L1ReLU": l1_relu,
+    "Gated": gated,
+    "JumpReLU": jumprelu,
+    "BatchTopKSAE": batchtopk,
+    "Matryoshka": matryoshka,
+}
 
 
 def dense_forward(sae: Variant, rows: Tensor, schedule: Mapping[str, float]) -> Dense:

@@ -53,7 +53,7 @@ PROMISES: dict[str, list[Promise]] = {
             Promise("beside its dense twin, fp32", DENSE["fp32"], OURS["fp32"], 3.0),
             Promise("beside its dense twin, bf16", DENSE["bf16"], OURS["bf16"], 2.5),
         ]
-        for name in ("l1_relu", "gated", "jumprelu")
+        for name in ("l1_relu", "gated", "jumprelu", "batchtopk", "matryoshka")
     },
 }
 

@@ -39,11 +39,12 @@ def build(job: dict[str, Any], rows: Tensor) -> Member:
     """The SAE in training that a job asks for, started from data.
 
     Args:
-        job: `variant`, `precision`, `d_sae`, `k` (topk) or `l0` (the others), `seed`; `still`: hardly let it learn,
+        job: `variant`, `precision`, `d_sae`, `k` (topk) or `l0` (the others; their k, if they have one), `seed`; `still`: hardly let it learn,
             the default where L0 is given.
         rows: (n, d_in) raw.
     """
-    options = {"d_sae": job["d_sae"], **({"k": job["k"]} if job["variant"] == "topk" else {})}
+    k = {"topk": job["k"], **dict.fromkeys(("batchtopk", "matryoshka"), job["l0"])}.get(job["variant"])
+    options = {"d_sae": job["d_sae"], **({} if k is None else {"k": k})}
     source = TensorSource(rows, validation_share=0.0)
     variant = VARIANTS.load(job["variant"])(job["d_in"], job["d_in"], **options)
     settings = Settings(seed=job["seed"], lr=STILL_LR if job.get("still", job["variant"] != "topk") else None)
@@ -51,7 +52,7 @@ def build(job: dict[str, Any], rows: Tensor) -> Member:
     run = RunSettings(100_000, 10_000_000, DTYPES[job["precision"]], Group())
     member.prepare(source.pairs[0], source.statistics, run)
     member.initialise((rows,))
-    if job["variant"] != "topk":
+    if k is None:
         bias = {"l1_relu": "b_enc", "gated": "b_gate", "jumprelu": "b_enc"}[job["variant"]]
         weight = {"l1_relu": "W_enc", "gated": "W_gate", "jumprelu": "W_enc"}[job["variant"]]
         x = rows[:BIAS_ROWS].float() * variant.scale

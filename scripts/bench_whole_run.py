@@ -1,7 +1,7 @@
-"""A whole run of l1_relu, gated and jumprelu from its initialisation, dense phase included, beside the dense twin.
+"""A whole run of a variant from its initialisation, dense phase included, beside the dense twin.
 
     saeforge harvest --config configs/quickstart/harvest.yaml
-    python -m pip install --no-deps plugins/saeforge-jumprelu
+    python -m pip install --no-deps plugins/saeforge-jumprelu plugins/saeforge-batchtopk plugins/saeforge-matryoshka
     python scripts/bench_whole_run.py --data data/quickstart --out docs/benchmarks/DATE-whole-run-cpu
 
 A threshold variant starts with half of its latents active; until few are, products are dense here too. Both train
@@ -41,6 +41,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gated": {"l1": 0.12},
     # What its README advises for short runs.
     "jumprelu": {"sparsity": 1.5e-3, "threshold_parameter": "linear", "b_dec_init": "mean", "bandwidth": 0.03},
+    "batchtopk": {"k": 64},
+    "matryoshka": {"k": 64},
 }
 
 

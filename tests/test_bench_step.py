@@ -81,12 +81,14 @@ def test_the_dense_twin_is_the_papers_formula(variant: str, tmp_path: Path) -> N
         assert (value.grad - reference).norm() <= 1e-6 * reference.norm(), name
 
 
-def test_the_dense_twin_of_jumprelu_has_our_loss_and_gradients(tmp_path: Path) -> None:
-    pytest.importorskip("saeforge_jumprelu", reason="a plugin")
-    setting = tiny(variant="jumprelu")
+@pytest.mark.parametrize("variant", ["jumprelu", "batchtopk", "matryoshka"])
+def test_the_dense_twin_of_a_plugin_has_our_loss_and_gradients(variant: str, tmp_path: Path) -> None:
+    pytest.importorskip(f"saeforge_{variant}", reason="a plugin")
+    setting = tiny(variant=variant)
     rows = rows_of(setting, tmp_path)
     sae = build(setting, rows).variant.double()
-    sae.bandwidth = 0.2  # many entries near their thresholds
+    if variant == "jumprelu":
+        sae.bandwidth = 0.2  # many entries near their thresholds
     gradients = []
     for dense in (False, True):
         if dense:

@@ -108,6 +108,7 @@ def test_in_use_as_many_latents_are_active_as_were_asked_for(precision: str) -> 
 
 def test_it_starts_from_its_own_fold() -> None:
     variant = build(torch.float32)
+    variant.constrain_()
     variant.threshold.value.fill_(0.3)
     sae = variant.fold()
     other = build(torch.float32)

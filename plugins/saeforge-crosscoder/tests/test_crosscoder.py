@@ -157,8 +157,8 @@ def test_the_fold_is_the_variant_above_its_threshold(options: dict[str, Any]) ->
         f = pre.relu()
     else:
         weights = sum(norms(variant.W_dec)) if variant.selection_weight == "sum" else torch.ones(D_SAE, dtype=F64)
-        assert variant.threshold > 0
-        f = torch.where(pre * weights > variant.threshold, pre, 0.0)
+        assert variant.threshold.value > 0
+        f = torch.where(pre * weights > variant.threshold.value, pre, 0.0)
     expected = (f @ variant.W_dec + variant.b_dec) / variant.target_scale
     torch.testing.assert_close(sae(x), expected.detach(), rtol=1e-9, atol=1e-9)
     active = sae.encode(x).to_dense() != 0
@@ -296,8 +296,8 @@ def test_a_resumed_variant_goes_on_to_the_same_threshold() -> None:
     for each in (variant, other):
         with torch.no_grad():
             each.step(Batch(y, y), {})
-    assert torch.equal(variant.threshold, other.threshold)
-    assert variant.threshold > 0
+    assert torch.equal(variant.threshold.value, other.threshold.value)
+    assert variant.threshold.value > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"sparsity": "l1"}, {"selection_weight": "joint"}], ids=str)

@@ -135,6 +135,23 @@ def test_inner_dictionaries_reconstruct_and_the_whole_does_too() -> None:
     assert explained["nested"] > 2 * explained["plain"]
 
 
+@pytest.mark.parametrize("selection", ["batch_topk", "topk"])
+def test_it_starts_from_its_own_fold(selection: str) -> None:
+    variant, other = (build(torch.float32, selection=selection) for _ in range(2))
+    variant.constrain_()
+    variant.threshold.value.fill_(0.3)
+    sae = variant.fold()
+    other.unfold_(sae)
+    again = other.fold()
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(getattr(again, name), getattr(sae, name), atol=1e-5, rtol=1e-5)
+    assert again.rule == sae.rule
+    if sae.threshold is not None:
+        torch.testing.assert_close(again.threshold, sae.threshold)
+    with pytest.raises(ConfigError, match="selection"):
+        build(torch.float32, selection={"topk": "batch_topk", "batch_topk": "topk"}[selection]).unfold_(sae)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"k": 0}, {"selection": "all"}, {"group_weights": [1.0]}, {"random_prefixes": 1}, {"groups": [30]}, {"aux": -1}],

@@ -14,6 +14,7 @@ from saeforge.variants import (
     SAE,
     AuxK,
     Batch,
+    BatchThreshold,
     DataStatistics,
     InputScale,
     Recipe,
@@ -65,7 +66,6 @@ class Crosscoder(Variant):
 
     source_weight: Tensor
     variance: Tensor
-    threshold: Tensor
 
     def __init__(
         self,
@@ -103,6 +103,7 @@ class Crosscoder(Variant):
         self.sparsity, self.k, self.selection_weight = sparsity, k, selection_weight
         self.l1, self.l1_warmup_share = l1, l1_warmup_share
         self.source_loss, self.decoder_init_norm = source_loss, decoder_init_norm
+        self.threshold = BatchThreshold()
         self.auxk = AuxK.of(aux if sparsity == "batch_topk" else 0.0, k_aux, d_in)
         self._select = WeightedBatchTopK(k)
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
@@ -111,7 +112,6 @@ class Crosscoder(Variant):
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("source_weight", torch.ones(d_out))
         self.register_buffer("variance", torch.ones(()))
-        self.register_buffer("threshold", torch.zeros(()))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -185,7 +185,8 @@ class Crosscoder(Variant):
         select = self._selection()
         selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, select, dead, dtype=dtype)
         code = selected.with_values(selected.values.relu())
-        self._follow_threshold(code, select.weights)
+        competing = code.values[: code.nnz] * select.weights[code.indices[: code.nnz]]
+        self.threshold.follow(competing, self.run.group, self.run.total_steps)
         dead_values = None if dead is None else self.auxk.values(dead_pre)
         rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)
         error = target - (rebuilt + self.b_dec)
@@ -212,19 +213,6 @@ class Crosscoder(Variant):
         """Squared errors by source, weighted as `source_loss` says, times a factor."""
         parts = (error.square() * self.source_weight).split(self.widths, dim=1)
         return {f"mse_{number}": self.mean_rows(part.sum(1), weight) * factor for number, part in enumerate(parts)}
-
-    @torch.no_grad()
-    def _follow_threshold(self, code: SparseCode, weights: Tensor) -> None:
-        """The mean over recent steps of the least weighted value that was active: inference's threshold.
-
-        Over the last 5% of the run, at most 1,000 steps; longer memory lags behind what is still learning.
-        """
-        values = code.values[: code.nnz].detach() * weights[code.indices[: code.nnz]]
-        least = torch.where(values > 0, values, torch.inf).amin() if code.nnz else values.new_tensor(torch.inf)
-        least = self.run.group.mean(least)
-        rate = 1 / max(1, min(1000, self.run.total_steps // 20))
-        moved = torch.where(self.threshold > 0, torch.lerp(self.threshold, least, rate), least)
-        self.threshold.copy_(torch.where(least.isfinite(), moved, self.threshold))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group without constraints: nothing is gained from the length of rows."""
@@ -253,12 +241,12 @@ class Crosscoder(Variant):
         self.W_dec.copy_(weights.W_dec)
         self.b_dec.copy_(weights.b_dec)
         if self.sparsity == "batch_topk" and weights.threshold is not None:
-            self.threshold.copy_((weights.threshold * self._weights()).median())
+            self.threshold.value.copy_((weights.threshold * self._weights()).median())
 
     @torch.no_grad()
     def fold(self) -> SAE:
         """Rule `threshold`: 0 for l1; else `f_i > threshold / weight_i`, what stood for the batch's least value."""
         threshold = torch.zeros_like(self.b_enc)
         if self.sparsity == "batch_topk":
-            threshold = self.threshold / self._weights()
+            threshold = self.threshold.value / self._weights()
         return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold=threshold)

@@ -187,6 +187,33 @@ class Matryoshka(Variant):
         return [self.W_dec, self.W_enc, self.b_enc]
 
     @torch.no_grad()
+    def unfold_(self, sae: SAE) -> None:
+        """Exact for an SAE as `fold` makes them; its latents keep their order, and with it their prefixes.
+
+        Raises:
+            ConfigError: another rule or k, or latents with thresholds of their own.
+        """
+        weights = self.unfolded(sae)
+        if self.selection == "topk" and sae.k != self.k:
+            raise ConfigError(
+                f"init_from: this run selects the {self.k} largest, the SAE has {sae.rule} of k = {sae.k}; "
+                "set variant.selection and variant.k as there"
+            )
+        if self.selection == "batch_topk" and (
+            weights.threshold is None or bool(weights.threshold.max() > 1.001 * weights.threshold.min())
+        ):
+            raise ConfigError(
+                "init_from: Matryoshka under batch_topk starts from SAEs with one threshold for all latents; this one "
+                f"has {'top-k: set variant.selection to topk' if weights.threshold is None else 'one for each'}"
+            )
+        self.W_enc.copy_(weights.W_enc)
+        self.b_enc.copy_(weights.b_enc + weights.W_enc @ weights.b_dec if self.pre_bias else weights.b_enc)
+        self.W_dec.copy_(weights.W_dec)
+        self.b_dec.copy_(weights.b_dec)
+        if weights.threshold is not None:
+            self.threshold.value.copy_(weights.threshold.mean())
+
+    @torch.no_grad()
     def fold(self) -> SAE:
         """Rule `threshold`, the same for all latents; `topk` under that selection."""
         shift = self.b_dec if self.pre_bias else None
