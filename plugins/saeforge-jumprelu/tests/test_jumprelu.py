@@ -355,7 +355,7 @@ def dictionary(n: int = 8192) -> tuple[Tensor, Tensor]:
     [
         {"loss": "step", "sparsity": 0.04},
         {"loss": "quadratic", "l0_target": 3.2, "sparsity": 0.03},
-        {"loss": "tanh", "sparsity": 2.0, "bandwidth": 0.5, "init_l0": 16},
+        {"loss": "tanh", "sparsity": 1.7, "bandwidth": 0.5, "init_l0": 16},
     ],
     ids=["step", "quadratic", "tanh"],
 )
@@ -367,5 +367,5 @@ def test_it_finds_the_directions_that_the_data_is_made_of(options: dict[str, Any
     l0 = sae.encode(x).l0().double().mean().item()
     residual = ((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()).item()
     assert found.mean() > 0.9
-    assert residual < 0.15
+    assert residual < 0.2
     assert l0 == pytest.approx(3.2, rel=0.25)
