@@ -79,7 +79,7 @@ class JumpReLU(Variant):
         input_scale: "rms", "sqrt_d" or "none"; null: "rms", "rms", "sqrt_d".
     """
 
-    sparsity_schedule = "sparsity"
+    sparsity_schedule: str | None = "sparsity"
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class JumpReLU(Variant):
         pre_bias: bool | None = None,
         input_scale: InputScale | None = None,
     ) -> None:
-        for name, value, choices in (
+        for name, chosen, choices in (
             ("loss", loss, tuple(PAPERS)),
             ("kernel", kernel, tuple(REACH)),
             ("window", window, ("full", "positive")),
@@ -118,8 +118,8 @@ class JumpReLU(Variant):
             ("preact_over", preact_over, ("all", "dead")),
             ("b_dec_init", b_dec_init, ("zero", "mean")),
         ):
-            if value not in choices:
-                raise ConfigError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+            if chosen not in choices:
+                raise ConfigError(f"{name} {chosen!r}: expected one of {', '.join(choices)}")
         paper = PAPERS[loss]
         super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale or paper.input_scale)
         if (loss == "quadratic") != (l0_target is not None) or not 0 < (1 if l0_target is None else l0_target) <= d_sae:
