@@ -27,8 +27,9 @@ PROPORTIONAL = 1.0
 INTEGRAL = 40.0
 SMOOTH_STEPS = 20
 LARGEST_ERROR = 0.5
-#: Bound of |log multiplier|, over all: a target that cannot be reached must not end in infinity.
-LARGEST = math.log(1e6)
+#: Bound of |log multiplier|, over all: a target that is out of reach must not end in infinity, nor take the
+#: rest of the run to come back from.
+LARGEST = math.log(1e3)
 
 
 class TargetL0(nn.Module):
