@@ -36,6 +36,22 @@ class Group:
         """The mean over ranks, as a new tensor without gradient."""
         return self.sum(tensor) / self.size if self.size > 1 else tensor.detach()
 
+    def minimum(self, tensor: Tensor) -> Tensor:
+        """The least over ranks, entry by entry, as a new tensor without gradient; the tensor itself on one device."""
+        tensor = tensor.detach()
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(size, ...): the tensors of all ranks, which have the same shape, in their order."""
+        if self.size == 1:
+            return tensor.detach()[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.detach().contiguous())
+        return torch.stack(parts)
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import gpu, native, screen, stock
+from saeforge.ops import across, gpu, native, screen, stock
 from saeforge.ops.code import SparseCode
+from saeforge.ops.group import Group
 
 #: values (nnz,), indices (nnz,) ascending inside a row, counts (b,) of entries per row.
 Selected = tuple[Tensor, Tensor, Tensor]
@@ -117,9 +118,13 @@ class BatchTopK(Selection):
 
     Args:
         k: mean number of entries of a row; `k * B` is rounded.
+
+    Attributes:
+        group: the ranks whose rows compete; set it where they share a batch.
     """
 
     def __init__(self, k: float) -> None:
+        self.group = Group()
         if k <= 0:
             raise ConfigError(f"k = {k}: batch top-k needs a positive mean number of active latents per token")
         self.mean = k
@@ -143,15 +148,20 @@ class BatchTopK(Selection):
         total = round(self.mean * code.n_rows)
         if total > code.n_rows * code.d_sae:
             raise ConfigError(f"k = {self.mean} is larger than the {code.d_sae} latents to choose from; lower k")
-        order, _, _ = code.by_latent()
-        _, best = top_k(code.values[order][None], total) if total else (None, order.new_empty(1, 0))
-        taken = torch.zeros(code.nnz, dtype=torch.bool, device=order.device)
-        taken[order[best[0]]] = True
+        if self.group.size > 1:
+            values, indices = code.values[: code.nnz], code.indices[: code.nnz]
+            taken = across.largest(values, indices, code.d_sae, total * self.group.size, self.group)
+        else:
+            order, _, _ = code.by_latent()
+            _, best = top_k(code.values[order][None], total) if total else (None, order.new_empty(1, 0))
+            taken = torch.zeros(code.nnz, dtype=torch.bool, device=order.device)
+            taken[order[best[0]]] = True
         counts = taken.view(code.n_rows, offers).sum(1)
-        if offers < code.d_sae and bool((counts == offers).any()):
+        full = offers < code.d_sae and bool((counts == offers).any())
+        if self.group.agree(full, counts.device):
             self._offers *= 2
             return None
-        offsets = torch.zeros(code.n_rows + 1, dtype=torch.int64, device=order.device)
+        offsets = torch.zeros(code.n_rows + 1, dtype=torch.int64, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
         chosen = taken.nonzero(as_tuple=True)[0]
         return SparseCode(code.values[chosen], code.indices[chosen], offsets, code.d_sae)

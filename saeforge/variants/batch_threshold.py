@@ -36,7 +36,7 @@ class BatchThreshold(nn.Module):
         """
         values = values.detach()
         least = torch.where(values > 0, values, torch.inf).amin() if len(values) else self.value.new_tensor(torch.inf)
-        least = group.mean(least.to(self.value.dtype))
+        least = group.minimum(least.to(self.value.dtype))
         moved = torch.lerp(self.value, least, 1 / min(1000, max(10, total_steps // 20)))
         moved = torch.where(self.value > 0, moved, least)
         self.value.copy_(torch.where(least.isfinite(), moved, self.value))

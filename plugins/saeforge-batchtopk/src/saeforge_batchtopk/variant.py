@@ -100,7 +100,7 @@ class BatchTopKSAE(Variant):
         every = max(1, len(x) // 4096)
         rows = x[::every].to(self.W_enc) * self.scale
         centre = self.b_dec if self.pre_bias else rows.mean(0)
-        code = encode(rows - centre, self.W_enc, None, self._select)
+        code = encode(rows - centre, self.W_enc, None, BatchTopK(self.k))
         wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
         self.W_enc.mul_(least_squares_factor(wanted, decode(code.with_values(code.values.relu()), self.W_dec)))
         if not self.pre_bias:
@@ -120,6 +120,7 @@ class BatchTopKSAE(Variant):
         shift = self.b_dec if self.pre_bias else None
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
         self._select.mean = schedule.get("k", self.k)
+        self._select.group = self.run.group
         selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         self.threshold.follow(code.values[: code.nnz], self.run.group, self.run.total_steps)

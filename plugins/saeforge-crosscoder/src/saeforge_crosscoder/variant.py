@@ -145,7 +145,7 @@ class Crosscoder(Variant):
             every = max(1, len(x) // 4096)
             rows = x[::every].to(self.W_enc) * self.scale - means[0] * self.scale
             wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
-            code = encode(rows, self.W_enc, None, self._selection())
+            code = encode(rows, self.W_enc, None, WeightedBatchTopK(self.k).weigh_by(self._weights()))
             rebuilt = decode(code.with_values(code.values.relu()), self.W_dec)
             factor = (wanted * rebuilt).sum() / rebuilt.square().sum()
             if factor > 0.01:  # else encoder and decoder know nothing of each other yet (other targets than inputs)
@@ -183,6 +183,7 @@ class Crosscoder(Variant):
         x, target = self.scaled(batch)
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
         select = self._selection()
+        select.group = self.run.group
         selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, select, dead, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         competing = code.values[: code.nnz] * select.weights[code.indices[: code.nnz]]

@@ -126,7 +126,8 @@ class Matryoshka(Variant):
         every = max(1, len(x) // 4096)
         rows = x[::every].to(self.W_enc) * self.scale
         centre = self.b_dec if self.pre_bias else rows.mean(0)
-        code = encode(rows - centre, self.W_enc, None, self._select)
+        select = BatchTopK(self.k) if self.selection == "batch_topk" else TopK(self.k)
+        code = encode(rows - centre, self.W_enc, None, select)
         wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
         self.W_enc.mul_(least_squares_factor(wanted, decode(code.with_values(code.values.relu()), self.W_dec)))
         if not self.pre_bias:
@@ -142,6 +143,8 @@ class Matryoshka(Variant):
         x, target = self.scaled(batch)
         shift = self.b_dec if self.pre_bias else None
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
+        if isinstance(self._select, BatchTopK):
+            self._select.group = self.run.group
         selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         if self.selection == "batch_topk":
