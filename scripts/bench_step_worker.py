@@ -39,8 +39,8 @@ def build(job: dict[str, Any], rows: Tensor) -> Member:
     """The SAE in training that a job asks for, started from data.
 
     Args:
-        job: `variant`, `precision`, `d_sae`, `k` (topk) or `l0` (the others; their k, if they have one), `seed`; `still`: hardly let it learn,
-            the default where L0 is given.
+        job: `variant`, `precision`, `d_sae`, `k` (topk) or `l0` (the others; their k, if they have one), `seed`;
+            `still`: hardly let it learn, the default where L0 is given.
         rows: (n, d_in) raw.
     """
     k = {"topk": job["k"], **dict.fromkeys(("batchtopk", "matryoshka"), job["l0"])}.get(job["variant"])

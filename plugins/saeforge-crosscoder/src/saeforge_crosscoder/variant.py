@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saeforge.errors import ConfigError
-from saeforge.ops import Above, SparseCode, decode, decode_beside, encode, encode_beside, pick
+from saeforge.ops import Above, decode, decode_beside, encode, encode_beside, pick
 from saeforge.variants import (
     SAE,
     AuxK,
