@@ -1,4 +1,4 @@
-"""Trains three variants on the toy dataset, and one with every option of a run, and writes their losses.
+"""Trains all variants on the toy dataset, and one with every option of a run, and writes their losses.
 
 Alone or under `torchrun --nproc-per-node 2`: python -m tests.ddp_worker DATASET OUT.json
 """
@@ -14,12 +14,20 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from saeforge.data.source import ShardSource
+from saeforge.registry import VARIANTS
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.trainer import SAETrainer
 from saeforge.variants import Gated, L1ReLU, TopK
 
 STEPS = 50
+PLUGINS: dict[str, dict[str, Any]] = {
+    "batchtopk": {"k": 4},
+    "matryoshka": {"k": 4},
+    "jumprelu": {"bandwidth": 0.1},
+    "panneal": {},
+    "crosscoder": {"k": 4},
+}
 
 
 class Losses(Callback):
@@ -44,7 +52,10 @@ def main(dataset: str, out: str) -> None:
         ("L1ReLU", L1ReLU, {"l1": 1.0}, {}),
         ("Gated", Gated, {}, {}),
         ("everything", Gated, {}, everything),
+        ("MultiTopK", TopK, {"k": 8, "k_start": 12, "multi_k": 2}, {}),
     ]
+    installed = {record.name for record in VARIANTS.records()}
+    runs += [(name, VARIANTS.load(name), options, {}) for name, options in PLUGINS.items() if name in installed]
     for name, variant, options, settings in runs:
         data = ActivationData.of(ShardSource(dataset), batch_size=256)
         module = SAEModule(

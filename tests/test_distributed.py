@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ddp_worker import STEPS
+from tests.ddp_worker import PLUGINS, STEPS
 from tests.test_fit import CLI, arguments
 from tests.toy import toy_dataset
 
@@ -46,8 +46,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     return losses(dataset, folder / "one.json", 1), losses(dataset, folder / "two.json", 2)
 
 
-@pytest.mark.parametrize("variant", ["TopK", "L1ReLU", "Gated", "everything"])
+@pytest.mark.parametrize("variant", ["TopK", "L1ReLU", "Gated", "everything", "MultiTopK", *PLUGINS])
 def test_two_ranks_give_the_losses_of_one(variant: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    if variant in PLUGINS and variant not in both[0]:
+        pytest.skip(f"saeforge-{variant} is not installed")
     one, two = (result[variant] for result in both)
     assert len(one) == len(two) == STEPS
     for step, (alone, shared) in enumerate(zip(one, two, strict=True)):
