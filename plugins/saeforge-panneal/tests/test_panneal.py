@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from torch import Tensor
 
 import saeforge
 from saeforge.data.moments import Moments
-from saeforge.errors import ConfigError
+from saeforge.errors import CheckpointError, ConfigError
+from saeforge.ops import Group
 from saeforge.variants import Batch, DataStatistics, RunSettings
 
 F64 = torch.float64
@@ -89,6 +92,17 @@ def test_p_falls_in_even_steps_after_the_start_and_ends_where_it_should() -> Non
     assert schedules["sparsity"](100) == pytest.approx(0.02)
 
 
+def test_no_level_is_skipped_in_a_run_with_fewer_steps_than_updates() -> None:
+    variant, x = build(), rows()
+    schedules = PAnneal(4, 4, d_sae=8, sparsity_warmup_share=0.0, anneal_start_share=0.2).schedules(10)
+    p = [schedules["p"](step) for step in range(10)]
+    assert p == pytest.approx([1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    for step in range(10):
+        variant.step(Batch(x, x), {name: schedule(step) for name, schedule in schedules.items()})
+    expected = _penalty(variant, x, 1.0) / _penalty(variant, x, 0.2)
+    assert float(variant.strength.factor) == pytest.approx(expected)
+
+
 def test_a_change_of_p_leaves_the_penalty_of_the_last_batches_as_strong() -> None:
     variant = build(queue=3)
     batches = [rows(seed=seed) for seed in range(5)]
@@ -112,10 +126,10 @@ def test_nothing_to_compare_leaves_the_factor() -> None:
     strength = Strength(2)
     zero = torch.zeros((), dtype=F64)
     assert strength.renew(1.0) == 1
-    strength.remember(zero, zero)  # no latent was active
+    strength.remember(zero, zero, 0.5)  # no latent was active
     assert strength.renew(0.5) == 1
     assert strength.renew(0.4) == 1  # and nothing was remembered since
-    strength.remember(zero + 6, zero + 3)
+    strength.remember(zero + 6, zero + 3, 0.2)
     assert strength.renew(0.2) == 2
 
 
@@ -140,6 +154,92 @@ def test_a_resume_between_two_changes_of_p_is_exact() -> None:
     assert found + run(other, 6, 12) == whole
     assert len(set(whole)) == 12
     assert run(copy.deepcopy(other), 0, 1)
+
+
+@pytest.mark.parametrize(("p", "accepted"), [(0.5, True), (0.25, True), (0.75, False), (0.1, False)])
+def test_a_resume_that_puts_p_elsewhere_is_refused(p: float, accepted: bool) -> None:
+    """A longer run has another p at the same step, and no remembered batch says how strong its penalty would be."""
+    variant, other, x = build(), build(), rows()
+    variant.step(Batch(x, x), values(0.5, 0.25))
+    other.load_state_dict(variant.state_dict())
+    if accepted:
+        other.step(Batch(x, x), values(p))
+        other.step(Batch(x, x), values(0.1))  # only what follows a load is checked
+        return
+    with pytest.raises(CheckpointError, match=rf"annealed to p = 0.5, this run's length puts p at {p}; resume with"):
+        other.step(Batch(x, x), values(p))
+
+
+def test_the_strength_is_never_read_by_the_host() -> None:
+    strength = Strength(2).to("meta")  # has no numbers to read
+    for p in (1.0, 0.5):
+        assert strength.renew(p).device.type == "meta"
+        strength.remember(torch.ones((), device="meta"), torch.ones((), device="meta"), 0.5)
+
+
+class Ranks(Group):
+    """Ranks that are threads of one process: sums as all_reduce makes them."""
+
+    def __init__(self, rank: int, shared: list[Tensor], barrier: threading.Barrier) -> None:
+        super().__init__(len(shared), rank)
+        self.shared, self.barrier = shared, barrier
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        self.shared[self.rank] = tensor.detach().clone()
+        self.barrier.wait(timeout=30)
+        total = torch.stack(self.shared).sum(0)
+        self.barrier.wait(timeout=30)
+        return total
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_two_ranks_that_average_their_gradients_equal_one(weighted: bool) -> None:
+    """Over a change of p, whose factor comes from the batches of both."""
+    batches = [rows(seed=seed) for seed in range(4)]
+    weight = torch.linspace(0.2, 2, ROWS, dtype=F64) if weighted else None
+
+    def run(variant: PAnneal, part: slice) -> PAnneal:
+        for at, x in enumerate(batches):
+            variant.zero_grad()
+            own = Batch(x[part], x[part], None if weight is None else weight[part])
+            terms = variant.step(own, values(1.0, 0.3) if at < 3 else values(0.3)).terms
+            torch.stack(list(terms.values())).sum().backward()
+        return variant
+
+    whole = run(build(), slice(None))
+    shared, barrier = [torch.zeros(())] * 2, threading.Barrier(2)
+    pair = [build(), build()]
+    for rank, variant in enumerate(pair):
+        variant.bind(RunSettings(100, 50, F64, Ranks(rank, shared, barrier)))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, pair, (slice(0, ROWS // 2), slice(ROWS // 2, None))))
+    assert float(whole.strength.factor) != 1
+    for variant in pair:
+        torch.testing.assert_close(variant.strength.factor, whole.strength.factor, rtol=1e-12, atol=0)
+    for (name, one), first, second in zip(
+        whole.named_parameters(), pair[0].parameters(), pair[1].parameters(), strict=True
+    ):
+        assert one.grad is not None
+        assert first.grad is not None
+        assert second.grad is not None
+        torch.testing.assert_close((first.grad + second.grad) / 2, one.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.2])
+def test_bf16_products_give_nearly_the_fp32_step(p: float) -> None:
+    x, found = rows(256).float(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        variant = build(torch.float32)
+        variant.bind(RunSettings(compute_dtype=dtype))
+        out = variant.step(Batch(x, x), values(p))
+        torch.stack(list(out.terms.values())).sum().backward()
+        assert variant.W_enc.grad is not None
+        found.append((out.terms, variant.W_enc.grad))
+    (terms, gradient), (rough_terms, rough) = found
+    for name, term in terms.items():
+        assert rough_terms[name].item() == pytest.approx(term.item(), rel=0.02), name
+    # At p = 0.2 a latent near 0 has a slope of up to 50, and bf16 (2^-8) moves it in and out of its steep part.
+    assert (rough - gradient).norm() < (0.02 if p == 1 else 0.1) * gradient.norm()
 
 
 def test_the_fold_computes_the_same_on_raw_rows_and_unfolds_again() -> None:
@@ -179,16 +279,20 @@ def dictionary(n: int = 8192) -> tuple[Tensor, Tensor]:
 
 
 def test_annealing_finds_the_directions_and_shrinks_less_at_fewer_latents_than_l1() -> None:
+    """L1 gets 0.3, which makes it as sparse: at equal coefficients its L0 is a third larger and its FVU alike.
+
+    Seeds 0, 1, 2: L0 3.48, 3.51, 3.47 against 3.77, 3.95, 3.90, FVU 0.087, 0.097, 0.091 against 0.125, 0.149, 0.146.
+    """
     x, directions = dictionary()
-    options: dict[str, Any] = {"d_sae": 64, "sparsity": 0.2, "b_dec_init_mean": True, "progress": False}
+    options: dict[str, Any] = {"d_sae": 64, "b_dec_init_mean": True, "progress": False}
     run: dict[str, Any] = {"tokens": 250_000, "batch_size": 256, "lr": 3e-3}
     figures = []
-    for p_end in (0.2, 1.0):
-        sae = saeforge.train(x, variant=PAnneal, **run, **options, p_end=p_end)
+    for p_end, sparsity in ((0.2, 0.2), (1.0, 0.3)):
+        sae = saeforge.train(x, variant=PAnneal, **run, **options, p_end=p_end, sparsity=sparsity)
         found = (directions @ sae.W_dec.T).abs().max(1).values.mean().item()
         residual = ((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()).item()
         figures.append((found, sae.encode(x).l0().double().mean().item(), residual))
     (cosine, l0, residual), (_, l0_of_l1, residual_of_l1) = figures
     assert cosine > 0.9
     assert l0 < l0_of_l1
-    assert residual < residual_of_l1
+    assert residual < 0.85 * residual_of_l1

@@ -46,7 +46,7 @@ class PAnneal(Variant):
         p_start: p at the start.
         p_end: p at the end.
         anneal_start_share: share of the run after which p begins to fall; null: 10,000 steps, or a fifth of the run.
-        updates: steps in which p falls.
+        updates: steps in which p falls; at most as many as the run has steps after the start.
         queue: batches whose mean decides s.
         eps: `f^p` is `(f + eps)^p - eps^p`, whose slope at 0 is finite: 50 at p = 0.2 with 1e-3, where 0 would give a
             latent that is hardly active all of the gradient.
@@ -118,9 +118,11 @@ class PAnneal(Variant):
         warmup = min(5000, total_steps // 10) if share is None else round(share * total_steps)
         start = min(10_000, total_steps // 5) if start_share is None else round(start_share * total_steps)
 
+        updates = max(1, min(self.updates, total_steps - start))  # one a step, so that `next_p` is what comes next
+
         def p(step: int, further: int) -> float:
-            at = min(self.updates, level(step, total_steps, start=start, updates=self.updates) + further)
-            return p_at(at, p_start=self.p_start, p_end=self.p_end, updates=self.updates)
+            at = min(updates, level(step, total_steps, start=start, updates=updates) + further)
+            return p_at(at, p_start=self.p_start, p_end=self.p_end, updates=updates)
 
         return {
             "sparsity": lambda step: self.sparsity * ramp(step, warmup),
@@ -140,7 +142,8 @@ class PAnneal(Variant):
         penalty = self.mean_entries(self.powers(code.values, schedule["p"]), code, batch.weight)
         with torch.no_grad():
             later = self.mean_entries(self.powers(code.values, schedule["next_p"]), code, batch.weight)
-        self.strength.remember(self.run.group.mean(penalty), self.run.group.mean(later))
+        now_and_later = self.run.group.mean(torch.stack([penalty, later]))
+        self.strength.remember(*now_and_later, schedule["next_p"])
         terms = {
             "mse": self.mean_rows(squared_error, batch.weight),
             "lp": schedule["sparsity"] * factor * penalty,
