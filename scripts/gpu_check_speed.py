@@ -22,7 +22,7 @@ from saeforge.data.batch import Batch
 from saeforge.ops import SparseCode, gpu
 from saeforge.optim import RowAdam
 from saeforge.variants import TopK
-from saeforge.variants.base import RunSettings
+from saeforge.variants.contract import RunSettings
 
 ROUNDS = 7
 

@@ -20,7 +20,8 @@ from saeforge.optim.job import Job
 from saeforge.variants import Gated as GatedVariant
 from saeforge.variants import L1ReLU
 from saeforge.variants import TopK as TopKVariant
-from saeforge.variants.base import RunSettings, Variant
+from saeforge.variants.base import Variant
+from saeforge.variants.contract import RunSettings
 from tests.interpreter import mend, poison
 
 INTERPRETED = gpu.interpreted()

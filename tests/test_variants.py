@@ -17,7 +17,7 @@ from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.ops import Group, SparseCode
 from saeforge.optim import RowAdam
 from saeforge.variants import Batch, DataStatistics, Gated, L1ReLU, RunSettings, TopK, Variant
-from saeforge.variants.base import geometric_median, random_unit_rows
+from saeforge.variants.start import geometric_median, random_unit_rows
 from tests import oracle
 
 F64 = torch.float64

@@ -4,9 +4,10 @@ from saeforge.data.batch import Batch
 from saeforge.sae import SAE
 from saeforge.schedules import anneal, ramp
 from saeforge.variants.auxk import AuxK
-from saeforge.variants.base import (
+from saeforge.variants.base import Variant
+from saeforge.variants.batch_threshold import BatchThreshold
+from saeforge.variants.contract import (
     DataStatistics,
-    InputScale,
     OwnEncoder,
     Recipe,
     Resampled,
@@ -15,16 +16,17 @@ from saeforge.variants.base import (
     StartsFrom,
     StepOutput,
     Unfolded,
-    Variant,
+)
+from saeforge.variants.gated import Gated
+from saeforge.variants.l1_relu import L1ReLU
+from saeforge.variants.start import (
+    InputScale,
     check_pre_bias,
     geometric_median,
     least_squares_factor,
     mean_norm_of_others,
     random_unit_rows,
 )
-from saeforge.variants.batch_threshold import BatchThreshold
-from saeforge.variants.gated import Gated
-from saeforge.variants.l1_relu import L1ReLU
 from saeforge.variants.topk import TopK
 
 __all__ = [

@@ -10,152 +10,26 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, final, runtime_checkable
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from saeforge.data.batch import Batch
-from saeforge.data.moments import Statistics
 from saeforge.errors import ConfigError
-from saeforge.ops import Group, SparseCode
+from saeforge.ops import SparseCode
 from saeforge.optim.row_adam import unit_rows_
 from saeforge.sae import SAE
-from saeforge.schedules import Shape
+from saeforge.variants.contract import DataStatistics, Recipe, RunSettings, ScheduleValues, StepOutput, Unfolded
+from saeforge.variants.start import InputScale, input_scale
 
 #: Steps between two listings of the dead latents, at most; fewer where so many are a tenth of the time after which a
 #: latent counts as dead.
 DEAD_LIST_STEPS = 20
 
 log = logging.getLogger("saeforge.variants")
-
-InputScale = Literal["rms", "sqrt_d", "none"]
-#: Values of a step by name. Under `target_l0` the one that `Variant.sparsity_schedule` names is a scalar tensor on the
-#: device: multiply by it, and never ask for its value.
-ScheduleValues = Mapping[str, float]
-
-
-class DataStatistics(NamedTuple):
-    """Statistics of the training rows in raw units: of the input, and of the target (the same for an SAE).
-
-    `input_sources` and `target_sources` are those of each site, where several stand side by side.
-    """
-
-    input: Statistics
-    target: Statistics
-    input_sources: tuple[Statistics, ...] = ()
-    target_sources: tuple[Statistics, ...] = ()
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What a run tells its variant before the first step.
-
-    Attributes:
-        total_steps: optimizer steps of the whole run.
-        dead_after_tokens: a latent silent for this many tokens (over all ranks) counts as dead.
-        compute_dtype: type of the encoder product; torch.bfloat16 under `bf16-mixed`.
-        group: the ranks that share a batch.
-        sources: widths of the parts of an input that several sites make up side by side (a crosscoder's), or empty.
-        target_sources: the same of the target.
-    """
-
-    total_steps: int = 1
-    dead_after_tokens: int = 10_000_000
-    compute_dtype: torch.dtype = torch.float32
-    group: Group = field(default_factory=Group)
-    sources: tuple[int, ...] = ()
-    target_sources: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The optimizer settings of a variant's paper; each can be overridden in the run's configuration."""
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    max_grad_norm: float | None = 1.0
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    resample_steps: tuple[int, ...] = ()
-    warmup_shape: Shape = "linear"
-    decay_shape: Shape = "linear"
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """The result of one step.
-
-    Attributes:
-        terms: named scalars with their coefficients applied; the loss is their sum.
-        code: the latents, in the variant's scaled units.
-        counters: named detached scalars that add up over steps and ranks; `squared_error` (sum over rows and
-            dimensions, raw units) is always there.
-    """
-
-    terms: dict[str, Tensor]
-    code: SparseCode
-    counters: dict[str, Tensor]
-
-
-@runtime_checkable
-class Resampled(Protocol):
-    """What a variant may offer besides: giving dead latents a new start (Bricken et al. 2023, "neuron resampling")."""
-
-    def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
-        """Restarts `latents` (n,) from badly reconstructed rows.
-
-        Args:
-            latents: indices.
-            x: (n, d_in) rows in scaled units, one for each latent. target: (n, d_out) theirs.
-
-        Returns:
-            The parameters whose rows were set; the optimizer forgets those rows.
-        """
-
-
-class Unfolded(NamedTuple):
-    """An SAE's weights in a variant's scaled units, decoder rows of norm 1: see `Variant.unfolded`.
-
-    Shapes are the SAE's: W_enc (d_sae, d_in), b_enc (d_sae,), W_dec (d_sae, d_out), b_dec (d_out,), threshold (d_sae,)
-    or None under rule topk.
-    """
-
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    threshold: Tensor | None
-
-
-@runtime_checkable
-class StartsFrom(Protocol):
-    """What a variant may offer besides: to start from a trained SAE (`model.init_from`), the inverse of its fold."""
-
-    def unfold_(self, sae: SAE) -> None:
-        """Sets the weights such that `fold` returns `sae`; called after `initialise`, with scales as set there.
-
-        `Variant.unfolded` checks the SAE and brings its weights into scaled units.
-
-        Raises:
-            ConfigError: an SAE that this variant cannot express.
-        """
-
-
-@runtime_checkable
-class OwnEncoder(Protocol):
-    """What a variant offers whose latents are no thresholds or top-k of one product: signed, iterative, by neighbours.
-
-    Its `fold` returns `self.kept(...)`, and the SAE that it leaves needs the variant's package to be loaded.
-    """
-
-    def encode(self, x: Tensor) -> SparseCode:
-        """The latents of raw activations (n, d_in): values are lengths along the rows given to `kept`."""
 
 
 class Variant(nn.Module, ABC):
@@ -460,69 +334,3 @@ class Variant(nn.Module, ABC):
         """
         frozen = copy.deepcopy(self).requires_grad_(False).eval()
         return SAE(None, None, W_dec, b_dec, rule="plugin", encoder=frozen)
-
-
-def input_scale(kind: InputScale, stats: Statistics) -> float:
-    """The scalar that `kind` asks for; see `Variant`.
-
-    Raises:
-        ConfigError: activations that are all zero.
-    """
-    if kind == "none":
-        return 1.0
-    if math.isnan(stats.mean_norm) and kind == "sqrt_d":
-        raise ConfigError("input_scale sqrt_d is undefined over several sites side by side; set rms or none")
-    if stats.mean_square_norm <= 0:
-        raise ConfigError("the activations are all zero: nothing to scale; check the harvested site")
-    if kind == "rms":
-        return 1 / math.sqrt(stats.mean_square_norm)
-    return math.sqrt(len(stats.mean)) / stats.mean_norm
-
-
-def random_unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:
-    """(n, d) fp32 rows of norm 1 with random directions, made on the CPU."""
-    rows = torch.randn(n, d, generator=generator)
-    unit_rows_(rows)
-    return rows
-
-
-def least_squares_factor(wanted: Tensor, rebuilt: Tensor) -> Tensor:
-    """The scalar c that makes `|wanted - c rebuilt|` least, for the length of an encoder at the start.
-
-    1 if it is below 0.01: then the two know nothing of each other (a transcoder's random directions).
-    """
-    factor = (wanted * rebuilt).sum() / rebuilt.square().sum()
-    return torch.where(factor > 0.01, factor, torch.ones_like(factor))
-
-
-def mean_norm_of_others(rows: Tensor, latents: Tensor) -> Tensor:
-    """Mean norm, a scalar, of the rows (d_sae, d) that are not in `latents` (n,); of all, if none is left."""
-    others = torch.ones(len(rows), dtype=torch.bool, device=latents.device)
-    others[latents] = False
-    norms: Tensor = (rows[others] if bool(others.any()) else rows).norm(dim=1)
-    return norms.mean()
-
-
-@torch.no_grad()
-def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point of least total distance to the rows of (n, d), by Weiszfeld's iteration in float64. Returns (d,)."""
-    rows = x.double()
-    guess = rows.mean(0)
-    for _ in range(iterations):
-        weight = 1 / (rows - guess).norm(dim=1).clamp_min(1e-12)
-        moved = (weight @ rows) / weight.sum()
-        step = (moved - guess).norm() / guess.norm().clamp_min(1e-12)
-        guess = moved
-        if step < tolerance:
-            break
-    return guess.to(x.dtype)
-
-
-def check_pre_bias(pre_bias: bool, x: Tensor, target: Tensor) -> None:
-    """A pre-encoder bias is the decoder's bias, so it makes sense only where input and target are the same.
-
-    Raises:
-        ConfigError: a transcoder with `pre_bias`.
-    """
-    if pre_bias and target is not x:
-        raise ConfigError("pre_bias ties the decoder's bias to the encoder's input; set variant.pre_bias to false here")

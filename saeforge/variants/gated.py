@@ -14,17 +14,9 @@ from saeforge.errors import ConfigError
 from saeforge.ops import Above, decode, encode, pick
 from saeforge.sae import SAE
 from saeforge.schedules import ramp
-from saeforge.variants.base import (
-    DataStatistics,
-    InputScale,
-    Recipe,
-    ScheduleValues,
-    StepOutput,
-    Variant,
-    check_pre_bias,
-    mean_norm_of_others,
-    random_unit_rows,
-)
+from saeforge.variants.base import Variant
+from saeforge.variants.contract import DataStatistics, Recipe, ScheduleValues, StepOutput
+from saeforge.variants.start import InputScale, check_pre_bias, mean_norm_of_others, random_unit_rows
 
 
 @final

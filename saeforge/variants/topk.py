@@ -17,13 +17,10 @@ from saeforge.ops import decode, decode_beside, encode, encode_beside
 from saeforge.sae import SAE
 from saeforge.schedules import anneal
 from saeforge.variants.auxk import AuxK
-from saeforge.variants.base import (
-    DataStatistics,
+from saeforge.variants.base import Variant
+from saeforge.variants.contract import DataStatistics, Recipe, ScheduleValues, StepOutput
+from saeforge.variants.start import (
     InputScale,
-    Recipe,
-    ScheduleValues,
-    StepOutput,
-    Variant,
     check_pre_bias,
     geometric_median,
     least_squares_factor,
