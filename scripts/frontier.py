@@ -1,0 +1,240 @@
+"""The frontier of L0, FVU and ΔCE of all variants on the demo model, three controls, and how well two seeds agree.
+
+    pip install -e '.[synthetic]'
+    pip install --no-deps plugins/saeforge-batchtopk plugins/saeforge-matryoshka plugins/saeforge-jumprelu \
+        plugins/saeforge-panneal
+    saeforge harvest --config configs/quickstart/harvest.yaml
+    saeforge fit --config configs/sweeps/frontier.yaml
+    python scripts/frontier.py --run runs/frontier --data data/quickstart --out docs/benchmarks/DATE-frontier-demo
+
+Controls: PCA of rank L0; topk with its decoder frozen at random directions; topk on the demo model with fresh weights
+(another model, so its ΔCE says nothing of this one and is left out). What is judged is kept in OUT.json, and the same
+command goes on after an interruption. Writes OUT.json, OUT.md and OUT.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_quality import free_adam
+from bench_quality_judge import machine_line
+from torch import Tensor
+
+import saeforge
+from saeforge.data.source import ShardSource
+from saeforge.sae import SAE
+from saeforge.training.data import ActivationData
+from saeforge.training.module import SAEModule
+from saeforge.training.trainer import SAETrainer
+from saeforge.variants import TopK, Variant
+
+RANKS = (16, 32, 64, 128)
+VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "l1_relu", "panneal")
+CONTROLS = ("PCA", "frozen random decoder", "model with fresh weights")
+EFFECT_TOKENS = 20_000
+#: Latents of two seeds with a cosine above this are called the same (Paulo and Belrose 2025, arXiv 2501.16615).
+SAME = 0.7
+
+
+def pca(source: ShardSource, rank: int) -> SAE:
+    """The best linear reconstruction of training rows as an SAE: two latents for each direction, one a sign."""
+    mean = torch.tensor(source.statistics[0].mean, dtype=torch.float64)
+    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for block in range(source.n_blocks("train")):
+        rows = source.read_block("train", block)[0].double() - mean
+        scatter.addmm_(rows.T, rows)
+    components = torch.linalg.eigh(scatter).eigenvectors[:, -rank:].T
+    both = torch.cat([components, -components]).float()
+    sae = SAE(
+        both, -(both @ mean.float()), both.clone(), mean.float(), rule="threshold", threshold=torch.zeros(2 * rank)
+    )
+    sae.meta = dict(source.pairs[0].identity)
+    return sae
+
+
+def train_topk(source: ShardSource, k: int, settings: dict[str, Any], *, frozen: bool) -> SAE:
+    """topk as in the sweep; with its decoder left at random directions, if wanted."""
+
+    def build(d_in: int, d_out: int) -> Variant:
+        variant = TopK(d_in, d_out, d_sae=settings["d_sae"], k=k)
+        variant.W_dec.requires_grad_(not frozen)
+        return variant
+
+    shared: dict[str, Any] = {"lr_warmup_steps": settings["warmup"], "lr_decay_share": settings["decay"], "seed": 0}
+    if frozen:
+        recipe = build(source.widths[0], source.widths[0]).recipe(1)
+        shared["optimizer"] = partial(
+            free_adam, lr=settings["lr"], betas=recipe.betas, eps=recipe.eps, max_grad_norm=recipe.max_grad_norm
+        )
+    else:
+        shared["lr"] = settings["lr"]
+    module = SAEModule(build, source.widths[0], source.widths[0], **shared)
+    trainer = SAETrainer(accelerator="cpu", enable_progress_bar=False, limit_val_batches=0, default_root_dir=None)
+    trainer.fit(module, ActivationData.of(source, batch_size=settings["batch"], tokens=settings["tokens"], seed=0))
+    return module.folded()[0]
+
+
+def fresh_activations(folder: Path, like: str) -> Path:
+    """The demo model with fresh weights on the same text: folder of its activations."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from saeforge.lm.load import resolve_model
+
+    if not (folder / "acts" / "dataset.json").exists():
+        original = resolve_model("demo")
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(original)).save_pretrained(folder / "model")
+        AutoTokenizer.from_pretrained(original).save_pretrained(folder / "model")
+        saeforge.harvest(
+            model=str(folder / "model"), sites=[like], text="demo", out=str(folder / "acts"), n_tokens=450_000, seed=0
+        )
+    return folder / "acts"
+
+
+def judged(sae: SAE | str, data: Path, *, effect: bool) -> dict[str, Any]:
+    """Figures of held-out documents."""
+    found = saeforge.evaluate(sae, data=data, effect=effect, effect_tokens=EFFECT_TOKENS).to_json()
+    keep = {"l0": found["metrics"]["l0"], "fvu": found["metrics"]["fvu"]}
+    return keep | ({"delta_ce": found["effect"]["delta_ce"]} if effect else {})
+
+
+def agreement(a: Tensor, b: Tensor) -> dict[str, float]:
+    """Decoder rows of two seeds, paired one to one so that the sum of cosines is largest (Hungarian).
+
+    Returns:
+        `cosine`, the mean over pairs, and `same`, the share of pairs above `SAME`.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    cosines = torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T
+    rows, columns = linear_sum_assignment(cosines.numpy(), maximize=True)
+    pairs = cosines[torch.as_tensor(rows), torch.as_tensor(columns)]
+    return {"cosine": pairs.mean().item(), "same": (pairs > SAME).double().mean().item()}
+
+
+class Results:
+    """OUT.json, written after every figure."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.points: dict[str, dict[str, Any]] = json.loads(path.read_text())["points"] if path.exists() else {}
+
+    def add(self, name: str, **point: Any) -> None:
+        """Keeps a point."""
+        self.points[name] = point
+        self.path.write_text(json.dumps({"machine": machine_line(), "points": self.points}, indent=1))
+        print(name, {key: round(value, 4) for key, value in point.items() if isinstance(value, float)}, flush=True)
+
+
+def judge_all(run: Path, data: Path, results: Results) -> None:
+    """Everything that is not judged yet."""
+    source = ShardSource(str(data))
+    for variant in VARIANTS:
+        for k in RANKS:
+            first, second = (run / f"{variant}-{k}-seed{seed}" for seed in (0, 1))
+            if f"{variant}-{k}" not in results.points:
+                figures = judged(str(first / "sae"), data, effect=True)
+                decoders = [saeforge.load(folder).W_dec for folder in (first, second)]
+                results.add(f"{variant}-{k}", group=variant, **figures, **agreement(*decoders))
+    settings = sweep_settings(run)
+    for k in RANKS:
+        if f"PCA-{k}" not in results.points:
+            results.add(f"PCA-{k}", group="PCA", **judged(pca(source, k), data, effect=True))
+        if f"frozen-{k}" not in results.points:
+            sae = train_topk(source, k, settings, frozen=True)
+            results.add(f"frozen-{k}", group="frozen random decoder", **judged(sae, data, effect=True))
+        if f"fresh-{k}" not in results.points:
+            acts = fresh_activations(run / "fresh", "resid_post.3")
+            sae = train_topk(ShardSource(str(acts)), k, settings, frozen=False)
+            results.add(f"fresh-{k}", group="model with fresh weights", **judged(sae, acts, effect=False))
+
+
+def sweep_settings(run: Path) -> dict[str, Any]:
+    """What the sweep trained with, for the controls."""
+    import yaml
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    model, data = config["model"], config["data"]
+    return {
+        "d_sae": model["variant"]["init_args"]["d_sae"],
+        "lr": model["lr"],
+        "warmup": model["lr_warmup_steps"],
+        "decay": model["lr_decay_share"],
+        "batch": data["batch_size"],
+        "tokens": data["tokens"],
+    }
+
+
+def plot(results: Results, path: Path) -> None:
+    """FVU, ΔCE and the agreement of seeds over L0."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    panels = (("fvu", "FVU of held-out rows"), ("delta_ce", "ΔCE, nats a token"), ("cosine", "matched cosine of seeds"))
+    for number, group in enumerate((*VARIANTS, *CONTROLS)):
+        points = sorted((p for p in results.points.values() if p["group"] == group), key=lambda p: p["l0"])
+        for axis, (key, label) in zip(axes, panels, strict=True):
+            shown = [p for p in points if key in p]
+            if shown:
+                style = {"ls": ":", "marker": "x"} if group in CONTROLS else {"ls": "-", "marker": "o"}
+                axis.plot([p["l0"] for p in shown], [p[key] for p in shown], color=f"C{number}", label=group, **style)
+            axis.set(xscale="log", xlabel="L0", ylabel=label, xticks=RANKS, xticklabels=[str(k) for k in RANKS])
+            axis.grid(alpha=0.3)
+    for axis in axes[:2]:
+        axis.set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def report(results: Results, run: Path, path: Path) -> None:
+    """The table."""
+    settings = sweep_settings(run)
+    lines = [
+        "# All variants on the demo model: L0, FVU, ΔCE",
+        "",
+        f"![frontier]({path.with_suffix('.svg').name})",
+        "",
+        f"{machine_line()}. Command: `{shlex.join(['python', *sys.argv])}`.",
+        "",
+        f"Residual stream after the fourth of six layers (256 wide), {settings['d_sae']:,} latents, "
+        f"{settings['tokens']:,} tokens in batches of {settings['batch']:,}, lr {settings['lr']}: one `saeforge fit` "
+        "of all SAEs (`configs/sweeps/frontier.yaml`). L0 and FVU of held-out documents; ΔCE on "
+        f"{EFFECT_TOKENS:,} of their tokens. `cosine` is the mean over latents of two seeds, matched one to one by decoder cosine (Hungarian); "
+        f"`same` the share of pairs above {SAME}. One seed each for L0, FVU and ΔCE.",
+        "",
+        "| SAE | L0 | FVU | ΔCE | cosine | same |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    forms = {"l0": "{:.1f}", "fvu": "{:.3f}", "delta_ce": "{:.3f}", "cosine": "{:.2f}", "same": "{:.0%}"}
+    for name, point in results.points.items():
+        cells = [form.format(point[key]) if key in point else "" for key, form in forms.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """See the head of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="without suffix")
+    given = parser.parse_args()
+    results = Results(given.out.with_suffix(".json"))
+    judge_all(given.run, given.data, results)
+    plot(results, given.out.with_suffix(".svg"))
+    report(results, given.run, given.out.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
