@@ -210,7 +210,8 @@ def report(results: Results, run: Path, path: Path) -> None:
         f"Residual stream after the fourth of six layers (256 wide), {settings['d_sae']:,} latents, "
         f"{settings['tokens']:,} tokens in batches of {settings['batch']:,}, lr {settings['lr']}: one `saeforge fit` "
         "of all SAEs (`configs/sweeps/frontier.yaml`). L0 and FVU of held-out documents; ΔCE on "
-        f"{EFFECT_TOKENS:,} of their tokens. `cosine` is the mean over latents of two seeds, matched one to one by decoder cosine (Hungarian); "
+        f"{EFFECT_TOKENS:,} of their tokens. `cosine` is the mean over latents of two seeds, matched one to one by "
+        "decoder cosine (Hungarian); "
         f"`same` the share of pairs above {SAME}. One seed each for L0, FVU and ΔCE.",
         "",
         "| SAE | L0 | FVU | ΔCE | cosine | same |",
