@@ -132,14 +132,14 @@ def test_the_run_folder_is_that_of_several_saes(
         (["--model.sweep.b={k: 3}"], "k: 4 -> 3"),
         (["--model.sweep={a: {k: 2}, c: }"], "name: b -> c"),
         (["--model.sweep={a: {k: 2}}"], "holds 2 SAEs (a, b), this run trains 1"),
-        (["--model.sweep.b={variant: gated}"], "holds variant saeforge.variants.topk.TopK, this run asks for"),
+        (["--model.sweep.b={variant: gated}"], "holds variant saeforge.variants.TopK, this run asks for"),
         (["--model.sweep.b={seed: 3}"], "seed: 0 -> 3"),
     ],
 )
 def test_another_sweep_is_refused_at_resume(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: list[str], message: str
 ) -> None:
-    args = arguments(dataset, tmp_path / "run", SITE, "--model.sweep={a: {k: 2}, b: }", "--data.tokens=512")
+    args = arguments(dataset, tmp_path / "run", SITE, "--model.sweep={a: {k: 2}, b: }", "--data.tokens=2560")
     assert main(args) == 0
     assert main([*args, *changed, "--ckpt_path=last"]) == 2
     assert message in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_wandb_gets_a_run_for_each_in_one_group(dataset: Path, tmp_path: Path) -
     logger = ["--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--trainer.logger.offline=true"]
     sweep = "--model.sweep={top: , gated: {variant: gated, l1: 0.02}}"
     assert main(arguments(dataset, tmp_path / "run", SITE, sweep, "--data.tokens=5120", *logger)) == 0
-    runs = {record.name: (record, history, config) for record, history, config in each_run(tmp_path / "run")}
+    runs = {record.display_name: (record, history, config) for record, history, config in each_run(tmp_path / "run")}
     assert runs.keys() == {"run-top", "run-gated"}
     for record, history, config in runs.values():
         assert record.run_group == "run"
@@ -204,7 +204,7 @@ def test_train_returns_them_by_name_each_as_alone() -> None:
 
 def test_each_may_start_from_its_own_of_a_former_sweep(tmp_path: Path) -> None:
     x, run = toy_rows(4096), tmp_path / "first"
-    first = saeforge.train(x, grid={"k": [2, 4]}, run=run, **OPTIONS)
+    first = saeforge.train(x, grid={"k": [2, 4]}, run=run, trainer={"logger": False}, **OPTIONS)
     again = saeforge.train(
         x, grid={"k": [2, 4]}, training={"init_from": str(run)}, lr=1e-30, **{**OPTIONS, "tokens": 256}
     )
