@@ -14,7 +14,7 @@ import yaml
 
 import saeforge
 from saeforge.cli.main import main
-from saeforge.data.source import TensorSource
+from saeforge.data.source import Rows, TensorSource
 from saeforge.errors import ConfigError, PluginError
 from saeforge.sae import SAE
 from saeforge.training.data import ActivationData
@@ -171,18 +171,30 @@ def test_a_logger_for_one_run_only_is_refused(
     assert "leave out the logger's id" in capsys.readouterr().err
 
 
-def test_the_data_is_read_once_for_all(tmp_path: Path) -> None:
+class Counted(TensorSource):
+    """Counts the blocks that are read."""
+
+    reads = 0
+
+    def read_block(self, split: str, index: int, into: Rows | None = None) -> Rows:
+        """One more."""
+        self.reads += 1
+        return super().read_block(split, index, into)
+
+
+def test_the_data_is_read_once_for_all() -> None:
     """And the language model, where there is one, makes a block when it is read."""
     reads = {}
     for n in (1, 3):
-        source = TensorSource(toy_rows(4096))
-        read, count = source.read_block, []
-        source.read_block = lambda *a, read=read, count=count: count.append(a) or read(*a)  # type: ignore[method-assign]
+        source = Counted(toy_rows(4096))
         data = ActivationData.of(source, batch_size=256, tokens=256 * 20, seed=0)
-        grid = {"k": [2, 4, 8][:n]}
+        grid: dict[str, list[Any]] = {"k": [2, 4, 8][:n]}
         module = SAEModule(functools.partial(TopK, d_sae=64), data.d_in, data.d_out, grid=grid)
-        SAETrainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False).fit(module, data)
-        reads[n] = len(count)
+        trainer = SAETrainer(
+            accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, val_check_interval=10
+        )
+        trainer.fit(module, data)
+        reads[n] = source.reads
     assert reads[1] == reads[3] > 0
 
 
@@ -240,7 +252,12 @@ def test_an_entry_is_the_base_but_for_what_it_names() -> None:
 
 
 def test_names_of_a_grid() -> None:
-    grid = {"variant": ["topk", "saeforge.variants.Gated"], "d_sae": [64], "lr": [1e-4, None], "skip": [False]}
+    grid: dict[str, list[Any]] = {
+        "variant": ["topk", "saeforge.variants.Gated"],
+        "d_sae": [64],
+        "lr": [1e-4, None],
+        "skip": [False],
+    }
     assert list(expand(None, grid)) == [
         f"{name}-d64-{lr}-skip-false" for name in ("topk", "Gated") for lr in ("lr0.0001", "lr-null")
     ]
@@ -284,7 +301,7 @@ def test_a_wrong_value_names_its_entry() -> None:
         saeforge.train(x, grid={"k": [4, 99]}, **OPTIONS)
     with pytest.raises(ConfigError, match=r"model.sweep.a: model.target_l0 = 4.0: TopK names no sparsity"):
         saeforge.train(x, sweep={"a": {"target_l0": 4}}, **OPTIONS)
-    with pytest.raises(PluginError, match="unknown variant 'topkk'.*did you mean 'topk'"):
+    with pytest.raises(PluginError, match=r"unknown variant 'topkk'.*did you mean 'topk'"):
         saeforge.train(x, sweep={"a": {"variant": "topkk"}}, **OPTIONS)
 
 

@@ -35,7 +35,9 @@ def records(file: Path) -> Iterator[Any]:
 def each_run(run: Path) -> Iterator[tuple[Any, set[str], dict[str, Any]]]:
     """Of every offline run below RUN/wandb its record (name, group ...), the names in its history, and its config."""
     for file in (run / "wandb").glob("offline-run-*/*.wandb"):
-        about, history, config = None, set(), {}
+        about = None
+        history: set[str] = set()
+        config: dict[str, Any] = {}
         for record in records(file):
             if record.HasField("run"):
                 about = record.run

@@ -256,7 +256,7 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse_linked(args: list[str]) -> None:
-    """Refuses keys that follow from others (LightningCLI drops them silently where a file sets them) or lie too deep."""
+    """Refuses keys that follow from others, which LightningCLI drops silently in a file, and keys inside an entry."""
     for arg in args:
         if found := re.match(r"--model\.(sweep\.[^.=]+)\.([^=]+)", arg):
             raise ConfigError(

@@ -28,7 +28,7 @@ _COMPUTE_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
 class SAEModule(LightningModule):
-    """Trains an SAE variant, once for each site of the data, or several (`sweep`). What is left at null comes from the variant's paper.
+    """Trains an SAE variant, or several, for each site of the data. What is left at null is the variant's paper's.
 
     Args:
         variant: the SAE variant, by entry-point name (`topk`), class path, or a mapping with its options.

@@ -76,9 +76,7 @@ def entries(
     return [_entry(name, differences, type(base), options, settings) for name, differences in named.items()]
 
 
-def expand(
-    sweep: Mapping[str, Differences] | None, grid: Mapping[str, list[Any]] | None
-) -> dict[str, dict[str, Any]]:
+def expand(sweep: Mapping[str, Differences] | None, grid: Mapping[str, list[Any]] | None) -> dict[str, dict[str, Any]]:
     """The differences of every SAE by name: those of `sweep`, each with every combination of `grid`.
 
     Raises:
@@ -109,7 +107,7 @@ def expand(
 def _check_name(name: str, others: Mapping[str, Any]) -> None:
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"model.sweep: {name!r} is to name a folder; take letters, digits, '.', '_' and '-', a letter or digit first"
+            f"model.sweep: {name!r} is to name a folder: letters, digits, '.', '_' and '-', a letter or digit first"
         )
     if name.lower() in _TAKEN:
         raise ConfigError(f"model.sweep: {name!r} lies in the RUN folder already; take another name")

@@ -32,7 +32,11 @@ _TRAINING = set(inspect.signature(SAEModule).parameters) - {"variant", "d_in", "
 def train(x: Any, *, sweep: None = None, grid: None = None, **options: Any) -> SAE: ...
 @overload
 def train(
-    x: Any, *, sweep: Mapping[str, Mapping[str, Any] | None], grid: Mapping[str, list[Any]] | None = None, **options: Any
+    x: Any,
+    *,
+    sweep: Mapping[str, Mapping[str, Any] | None],
+    grid: Mapping[str, list[Any]] | None = None,
+    **options: Any,
 ) -> dict[str, SAE]: ...
 @overload
 def train(x: Any, *, sweep: None = None, grid: Mapping[str, list[Any]], **options: Any) -> dict[str, SAE]: ...

@@ -40,7 +40,9 @@ class WandbRuns(Logger):
         """
         options = dict(logger._wandb_init)  # Lightning keeps no public record; the pin lightning<2.7 guards it
         if options.pop("id") is not None or logger._experiment is not None:
-            raise ConfigError("a sweep makes a wandb run for each SAE: leave out the logger's id, version and experiment")
+            raise ConfigError(
+                "a sweep makes a wandb run for each SAE: leave out the logger's id, version and experiment"
+            )
         if logger._log_model:
             raise ConfigError(
                 "the logger's log_model would upload checkpoints, which hold all SAEs of a sweep: leave it out"
@@ -78,7 +80,7 @@ class WandbRuns(Logger):
         return next(iter(self.loggers.values())).save_dir
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Hands each figure to the run that it belongs to."""
         parts: dict[str, dict[str, Any]] = {}
         shared: dict[str, Any] = {}
