@@ -99,7 +99,8 @@ def report(results: dict[str, Any], given: argparse.Namespace) -> str:
         f"`{shlex.join(['python', *sys.argv])}`",
         "",
         f"{n} top-k SAEs of one site, k = {', '.join(map(str, given.k))}, {given.d_sae:,} latents, batches of "
-        f"{BATCH:,} tokens, fp32, {torch.get_num_threads()} threads; {given.steps} steps timed in each of {given.rounds} rounds.",
+        f"{BATCH:,} tokens, fp32, {torch.get_num_threads()} threads; "
+        f"{given.steps} steps timed in each of {given.rounds} rounds.",
         f"Machine: {', '.join(host['cpu'])}, {host['cores']} cores, Python {host['python']}, "
         f"{', '.join(f'{name} {version}' for name, version in host['versions'].items())}.",
         f"Other work used {statistics.median(others):.2f} cores meanwhile ({min(others):.2f} to {max(others):.2f}).",
