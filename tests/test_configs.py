@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -17,7 +18,11 @@ from saeforge.harvest.config import HarvestConfig
 from saeforge.lm.capture import Capture, TokenBatch
 from saeforge.lm.load import quiet, wrap_module
 from saeforge.registry import VARIANTS
+from saeforge.sae import load
+from saeforge.training.member import Member, Settings
+from saeforge.training.sweep import entries
 from tests.readme import ROOT
+from tests.toy import toy_dataset
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 #: Names that our own plugins give, which an environment without them lacks.
@@ -51,8 +56,25 @@ def test_a_configuration_is_accepted(config: Path, capsys: pytest.CaptureFixture
     printed = yaml.safe_load(capsys.readouterr().out)
     assert given.keys() <= printed.keys()
     if command[1] == "fit":  # the variant itself has the last word on its options
-        made = printed["model"]["variant"]
-        VARIANTS.load(made["class_path"])(8, 8, **made["init_args"])
+        made, model = printed["model"]["variant"], printed["model"]
+        build = functools.partial(VARIANTS.load(made["class_path"]), **made["init_args"])
+        for entry in entries(build, Settings(), model.get("sweep"), model.get("grid"), (8, 8)):
+            Member(entry.build(8, 8), entry.settings)
+
+
+def test_the_sweep_over_k_trains_its_four(tmp_path: Path) -> None:
+    given = toy_dataset(tmp_path / "acts")
+    run = tmp_path / "run"
+    small = [f"--run={run}", f"--data.path={given}", "--data.batch_size=256", "--data.tokens=2560"]
+    trainer = ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=5", "--trainer.enable_progress_bar=false"]
+    config = str(ROOT / "configs" / "sweeps" / "topk-k.yaml")
+    assert main(["fit", "--config", config, *small, *trainer, "--trainer.logger=false"]) == 0
+    assert {name: load(run / name).k for name in ("k16", "k32", "k64", "k128")} == {
+        "k16": 16,
+        "k32": 32,
+        "k64": 64,
+        "k128": 128,
+    }
 
 
 # Models: what configs/models says of each, against transformers' classes ------------------------------------------

@@ -13,9 +13,8 @@ from wandb.proto import wandb_internal_pb2
 BLOCK, HEADER = 32768, 7
 
 
-def records(run: Path) -> Iterator[Any]:
-    """All records of the only offline run below RUN/wandb."""
-    (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
+def records(file: Path) -> Iterator[Any]:
+    """All records of a run's file."""
     data, position, parts = file.read_bytes(), HEADER, b""
     assert data[:4] == b":W&B"
     while position + HEADER <= len(data):
@@ -33,11 +32,21 @@ def records(run: Path) -> Iterator[Any]:
             yield record
 
 
+def each_run(run: Path) -> Iterator[tuple[Any, set[str], dict[str, Any]]]:
+    """Of every offline run below RUN/wandb its record (name, group ...), the names in its history, and its config."""
+    for file in (run / "wandb").glob("offline-run-*/*.wandb"):
+        about = None
+        history: set[str] = set()
+        config: dict[str, Any] = {}
+        for record in records(file):
+            if record.HasField("run"):
+                about = record.run
+            history |= {item.key or item.nested_key[0] for item in record.history.item}
+            config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        yield about, history, config
+
+
 def contents(run: Path) -> tuple[set[str], dict[str, Any]]:
-    """Names in the history, and the config."""
-    history: set[str] = set()
-    config: dict[str, Any] = {}
-    for record in records(run):
-        history |= {item.key or item.nested_key[0] for item in record.history.item}
-        config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+    """Names in the history of the only offline run, and its config."""
+    ((_, history, config),) = each_run(run)
     return history, config

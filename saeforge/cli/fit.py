@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,9 +20,11 @@ from saeforge.errors import ConfigError
 from saeforge.registry import VARIANTS
 from saeforge.sae import load
 from saeforge.training.data import ActivationData
+from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
 from saeforge.training.run_folder import check_free, clear, make_folder
 from saeforge.training.trainer import SAETrainer
+from saeforge.training.wandb_runs import WandbRuns
 
 DEFAULT_RUN = "runs/default"
 _LINKED = ("d_in", "d_out")
@@ -129,22 +132,31 @@ class RunConfig(SaveConfigCallback):
             clear(run)  # only now, when everything that could be refused has been accepted
         (run / "config.yaml").write_text(self._text)
         assert isinstance(pl_module, SAEModule)
-        members = pl_module.members
-        record = VARIANTS.name_of(type(members[0].variant))
-        facts = {
-            "config": yaml.safe_load(self._text),
-            "data": {member.pair.name: member.pair.identity for member in members}
-            if len(members) > 1
-            else members[0].pair.identity,
-            "variant": {"name": record.name, "distribution": record.distribution, "version": record.version},
-            "resolved": {
-                "total_steps": trainer.max_steps,
-                "dead_after_tokens": members[0].variant.run.dead_after_tokens,
-                **pl_module.identity(),
-            },
-        }
+        config, identity = yaml.safe_load(self._text), {"total_steps": trainer.max_steps, **pl_module.identity()}
+        facts = {"config": config, **_facts(pl_module.members, identity)}
         for logger in trainer.loggers:
-            logger.log_hyperparams(facts)
+            if isinstance(logger, WandbRuns):
+                for member in pl_module.members:
+                    own = _facts([member], {**identity, "members": [member.identity()]})
+                    logger.loggers[member.name].log_hyperparams({"config": config, **own})
+            else:
+                logger.log_hyperparams(facts)
+
+
+def _facts(members: list[Member], identity: dict[str, Any]) -> dict[str, Any]:
+    """What is known of SAEs once they are bound to the run; of several, each under its name."""
+    each = {}
+    for member in members:
+        record = VARIANTS.name_of(type(member.variant))
+        each[member.name] = {
+            "data": member.pair.identity,
+            "variant": {"name": record.name, "distribution": record.distribution, "version": record.version},
+        }
+    parts = {name: {key: facts[name] for key, facts in each.items()} for name in ("data", "variant")}
+    if len(members) == 1:
+        parts = each[members[0].name]
+    resolved = {"dead_after_tokens": members[0].variant.run.dead_after_tokens, **identity}
+    return {**parts, "resolved": resolved}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -172,9 +184,9 @@ def run(argv: Sequence[str]) -> int:
         return 130 if folder.stopped_by == "SIGINT" else 143
     if folder is not None and trainer.is_global_zero:
         assert isinstance(cli.model, SAEModule)
-        names = [member.pair.name for member in cli.model.members]
+        names = [member.name for member in cli.model.members]
         where = f"the SAE is in {folder.run / 'sae'}"
-        if len(names) > 1:
+        if names != [""]:
             where = f"the SAEs are in {', '.join(str(folder.run / name / 'sae') for name in names)}"
         print(f"saeforge: trained {trainer.global_step:,} steps; {where}")
     return 0
@@ -211,7 +223,7 @@ def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> Any:
         overrides: single keys with dots as double underscores: `data__path="acts"`, `model__variant="topk"`.
 
     Returns:
-        The trained `SAE`; where `data.sites` trains several, a dict of them by name.
+        The trained `SAE`; where `data.sites` or `model.sweep` trains several, a dict of them by name.
 
     Raises:
         SaeforgeError: as the command would print it.
@@ -230,8 +242,8 @@ def fit(*configs: str | Path | dict[str, Any], **overrides: Any) -> Any:
     if folder.stopped_by is not None:
         raise KeyboardInterrupt
     assert isinstance(cli.model, SAEModule)
-    names = [member.pair.name for member in cli.model.members]
-    return load(folder.run) if len(names) == 1 else {name: load(folder.run / name) for name in names}
+    names = [member.name for member in cli.model.members]
+    return load(folder.run) if names == [""] else {name: load(folder.run / name) for name in names}
 
 
 def _plain(value: Any) -> Any:
@@ -244,7 +256,13 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse_linked(args: list[str]) -> None:
-    """Refuses keys that follow from others: LightningCLI drops them silently where a file sets them."""
+    """Refuses keys that follow from others, which LightningCLI drops silently in a file, and keys inside an entry."""
+    for arg in args:
+        if found := re.match(r"--model\.(sweep\.[^.=]+)\.([^=]+)", arg):
+            raise ConfigError(
+                f"--model.{found[1]}.{found[2]}: what an SAE of a sweep differs in is one mapping, for example "
+                f"--model.{found[1]}='{{k: 32}}'"
+            )
     for key, message in _LINKED_KEYS.items():
         if any(arg.split("=")[0] == f"--{key}" for arg in args):
             raise ConfigError(message)

@@ -17,7 +17,11 @@ PARSER_MODE = "omegaconf+"
 
 def configure_jsonargparse() -> None:
     """Process-wide settings that all parsers share."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, omegaconf_absolute_to_relative_paths=True)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        omegaconf_absolute_to_relative_paths=True,
+        instantiate_subclass_spec_in_any=False,  # a class_path inside model.sweep is made where its entry is
+    )
 
 
 def dispatch(group: str, commands: Mapping[str, Callable[[list[str]], int]], usage: str, argv: Sequence[str]) -> int:

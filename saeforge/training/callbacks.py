@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
+from saeforge.training.wandb_runs import WandbRuns
 
 #: Edges of the density histogram: log10 of the share of tokens on which a latent fires.
 DENSITY_EDGES = torch.arange(-7.0, 0.01, 0.25)
@@ -26,7 +27,8 @@ class Telemetry(Callback):
     Keys: `train/loss`, `train/<term>` for each of the variant's terms, `train/l0`, `train/fvu`, `train/dead`,
     `train/tokens_per_second`, `schedule/<name>`, `schedule/lr`; what reading costs on rank 0, as `data/wait_ms` (a step
     stood still for data), `data/windows_ready` (read ahead), `data/read_gb_per_second` (a reading thread); the density
-    histogram goes to wandb as `train/log10_density`. Where several SAEs train, the names of each begin with its own.
+    histogram goes to wandb as `train/log10_density`. Where several SAEs train, the names of each begin with its own;
+    `WandbRuns` takes it off again.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +58,7 @@ class Telemetry(Callback):
             figures = self._figures(member, values, step)
             for logger in trainer.loggers:
                 logger.log_metrics({**{f"{prefix}{name}": v for name, v in figures.items()}, **shared}, step=step)
-                if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                if isinstance(logger, WandbLogger | WandbRuns) and trainer.is_global_zero:
                     density = self._density(member.variant.firing_counts, self._rows_since_density[prefix])
                     logger.log_metrics({f"{prefix}train/log10_density": density}, step=step)
             member.variant.firing_counts.zero_()
@@ -87,7 +89,7 @@ class Telemetry(Callback):
 
 def prefix_of(member: Member) -> str:
     """What stands before the names of an SAE's figures: nothing where it trains alone."""
-    return f"{member.pair.name}/" if member.pair.name else ""
+    return f"{member.name}/" if member.name else ""
 
 
 def density_histogram(counts: Tensor, rows: float) -> tuple[Any, Any]:

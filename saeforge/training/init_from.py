@@ -34,12 +34,13 @@ def check_offered(variant: Variant) -> None:
         )
 
 
-def open_sae(given: str | Path | SAE, name: str) -> SAE:
+def open_sae(given: str | Path | SAE, *names: str) -> SAE:
     """The SAE to start from.
 
     Args:
-        given: itself, or whatever `saeforge.load` reads; of a RUN with several SAEs, the one with this name.
-        name: of the SAE in training, "" where there is one.
+        given: itself, or whatever `saeforge.load` reads; of a RUN with several SAEs, the one with the first of the
+            names that is there.
+        names: of the SAE in training, and of its site; "" where there is one.
 
     Raises:
         CheckpointError: nothing there, or damaged.
@@ -47,7 +48,7 @@ def open_sae(given: str | Path | SAE, name: str) -> SAE:
     if isinstance(given, SAE):
         return given
     folder = Path(given)
-    return load(folder / name if name and (folder / name / "sae").is_dir() else folder)
+    return load(next((folder / name for name in names if name and (folder / name / "sae").is_dir()), folder))
 
 
 def described(given: str | Path | SAE) -> str:

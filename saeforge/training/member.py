@@ -61,6 +61,7 @@ class Member(nn.Module):
     Args:
         variant: the SAE.
         settings: of its training.
+        entry: its name among those that a sweep makes for one site; "" where there is one.
 
     Attributes:
         pair: its tensors in the data and where they come from; set by `prepare`.
@@ -74,7 +75,7 @@ class Member(nn.Module):
 
     pair: Pair
 
-    def __init__(self, variant: Variant, settings: Settings) -> None:
+    def __init__(self, variant: Variant, settings: Settings, entry: str = "") -> None:
         super().__init__()
         if settings.optimizer is not None and (settings.lr is not None or settings.max_grad_norm is not None):
             raise ConfigError("model.lr and model.max_grad_norm belong to RowAdam; set optimizer.init_args.lr instead")
@@ -90,7 +91,7 @@ class Member(nn.Module):
             check_offered(variant)
         if settings.whitening_shrinkage is not None and settings.whitening is None:
             raise ConfigError("model.whitening_shrinkage says nothing without model.whitening: set it to zca or pca")
-        self.variant, self.settings = variant, settings
+        self.variant, self.settings, self.entry = variant, settings, entry
         self.target_l0 = None if settings.target_l0 is None else TargetL0(variant, settings.target_l0)
         half_life = settings.ema_half_life_steps
         self.average = None if half_life is None else WeightAverage(variant, half_life)
@@ -105,6 +106,11 @@ class Member(nn.Module):
         self.optimizer: torch.optim.Optimizer | None = None
         self._base_lrs: list[float] = []
         self._validation: tuple[SAE, ReconstructionMetrics] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the SAE among all of the run, and of its folder; "" where there is one."""
+        return join_names(self.pair.name, self.entry)
 
     # Set-up ------------------------------------------------------------------------------------------------------
 
@@ -161,7 +167,7 @@ class Member(nn.Module):
             self.skip.center(statistics.input)
         self.variant.initialise(statistics, x, target, generator)
         if self.settings.init_from is not None:
-            sae = open_sae(self.settings.init_from, self.pair.name)
+            sae = open_sae(self.settings.init_from, self.name, self.pair.name)
             sae = sae if self.whitening is None else self.whitening.unfold(sae)
             sae = sae if self.skip is None else self.skip.unfold_(sae, self.variant)
             self.variant.unfold_(sae)  # type: ignore[operator]
@@ -300,7 +306,7 @@ class Member(nn.Module):
         """What a checkpoint must share with the run that resumes it, as plain values."""
         settings = self.optimizer_settings() if self.settings.optimizer is None else {}
         return {
-            "name": self.pair.name,
+            "name": self.name,
             "sites": _sites(self.pair.identity),
             "variant": VARIANTS.name_of(type(self.variant)).class_path,
             "options": {key: _plain(value) for key, value in self.variant.arguments.items()},
@@ -348,6 +354,11 @@ class Member(nn.Module):
             },
         }
         return sae
+
+
+def join_names(site: str, entry: str) -> str:
+    """The name of an SAE, and of its folder, among all of a run: of its site, its entry of a sweep, or both."""
+    return "-".join(part for part in (site, entry) if part)
 
 
 def check_identity(saved: dict[str, Any], given: dict[str, Any]) -> None:

@@ -10,14 +10,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from saeforge.data.source import Rows
+from saeforge.data.source import BlockSource, Rows
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.metrics import Reconstruction
 from saeforge.ops import Group
 from saeforge.sae import SAE
 from saeforge.schedules import Shape
 from saeforge.training.data import ActivationData, run_seed
-from saeforge.training.member import Member, Settings, check_identity
+from saeforge.training.member import Member, Settings, check_identity, join_names
+from saeforge.training.sweep import Entry, entries
 from saeforge.training.whitening import Kind
 from saeforge.variants import RunSettings, Variant
 
@@ -27,7 +28,7 @@ _COMPUTE_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
 class SAEModule(LightningModule):
-    """Trains an SAE variant, once for each site of the data. What is left at null comes from the variant's paper.
+    """Trains an SAE variant, or several, for each site of the data. What is left at null is the variant's paper's.
 
     Args:
         variant: the SAE variant, by entry-point name (`topk`), class path, or a mapping with its options.
@@ -57,6 +58,10 @@ class SAEModule(LightningModule):
             over 1,000 steps or a tenth of the run.
         whitening: train on decorrelated activations, zca or pca; the saved SAE reads raw ones.
         whitening_shrinkage: share by which their covariance is drawn towards a multiple of the identity; null is 0.01.
+        sweep: several SAEs of each site in one run: a mapping from names to what differs from the options here, such as
+            `{small: {k: 16}, gated: {variant: gated, l1: 0.02, lr: 3e-4}}`. A variant's options may stand beside the
+            run's. Another variant keeps d_sae and the run's options.
+        grid: the same from a mapping of options to lists, `{k: [16, 32], d_sae: [2048, 4096]}`: all combinations.
     """
 
     def __init__(
@@ -81,6 +86,8 @@ class SAEModule(LightningModule):
         init_from: str | SAE | None = None,
         whitening: Kind | None = None,
         whitening_shrinkage: float | None = None,
+        sweep: dict[str, dict[str, Any] | None] | None = None,
+        grid: dict[str, list[Any]] | None = None,
     ) -> None:
         super().__init__()
         settings = Settings(
@@ -102,14 +109,31 @@ class SAEModule(LightningModule):
             whitening=whitening,
             whitening_shrinkage=whitening_shrinkage,
         )
-        widths = zip(*([d] if isinstance(d, int) else d for d in (d_in, d_out)), strict=True)
-        self._members = nn.ModuleList(Member(variant(*pair), settings) for pair in widths)
+        widths = list(zip(*([d] if isinstance(d, int) else d for d in (d_in, d_out)), strict=True))
+        self._entries = entries(variant, settings, sweep, grid, widths[0])
+        self._members = nn.ModuleList(_member(entry, pair) for pair in widths for entry in self._entries)
         self._step_before = -1
 
     @property
     def members(self) -> list[Member]:
         """The SAEs in training."""
         return [member for member in self._members if isinstance(member, Member)]
+
+    @property
+    def swept(self) -> bool:
+        """Whether a sweep makes the SAEs of each site."""
+        return bool(self._entries[0].name)
+
+    def names(self, source: BlockSource) -> list[str]:
+        """Of the SAEs, in their order.
+
+        Raises:
+            ConfigError: two are the same.
+        """
+        names = [join_names(pair.name, entry.name) for pair in source.pairs for entry in self._entries]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"model.sweep: two SAEs are called {twice[0]!r}; rename one of the sweep")
+        return names
 
     @property
     def data(self) -> ActivationData:
@@ -133,7 +157,8 @@ class SAEModule(LightningModule):
             raise ConfigError(f"trainer.precision = {precision}: expected 32-true or bf16-mixed")
         data, total = self.data, self.trainer.max_steps
         rows = data.source.sample(INITIAL_ROWS) if stage == "fit" else ()
-        for member, pair in zip(self.members, data.source.pairs, strict=True):
+        pairs = [pair for pair in data.source.pairs for _ in self._entries]
+        for member, pair in zip(self.members, pairs, strict=True):
             dead_after = member.settings.dead_after_tokens
             if dead_after is None:
                 dead_after = min(10_000_000, total * data.rows_per_step // 20)
@@ -214,7 +239,7 @@ class SAEModule(LightningModule):
             names = ", ".join(member["name"] for member in saved["members"])
             raise CheckpointError(
                 f"the checkpoint holds {len(saved['members'])} SAEs ({names}), this run trains "
-                f"{len(given['members'])}; resume with the same data.sites, or start a new --run"
+                f"{len(given['members'])}; resume with the same data.sites and model.sweep, or start a new --run"
             )
         for before, now in zip(saved["members"], given["members"], strict=True):
             check_identity(before, now)
@@ -226,6 +251,20 @@ class SAEModule(LightningModule):
             )
         if self.state_dict().keys() - checkpoint["state_dict"].keys():
             raise CheckpointError(earlier)
+
+
+def _member(entry: Entry, widths: tuple[int, int]) -> Member:
+    """One SAE of one site.
+
+    Raises:
+        ConfigError: options that contradict each other; of a sweep, naming its entry.
+    """
+    if not entry.name:
+        return Member(entry.build(*widths), entry.settings)
+    try:
+        return Member(entry.build(*widths), entry.settings, entry.name)
+    except (ConfigError, TypeError) as error:  # TypeError: an option without a default is missing
+        raise ConfigError(f"model.sweep.{entry.name}: {error}") from error
 
 
 class SideBySide(torch.optim.Optimizer):

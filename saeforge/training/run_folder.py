@@ -203,8 +203,8 @@ class RunFolder(Callback):
             self.stopped_by = None  # a signal at the last step came too late to stop anything
         if trainer.is_global_zero and self.stopped_by is None:
             for member, sae in zip(pl_module.members, pl_module.folded(), strict=True):
-                (self.run / member.pair.name).mkdir(exist_ok=True)
-                sae.save(self.run / member.pair.name / "sae")
+                (self.run / member.name).mkdir(exist_ok=True)
+                sae.save(self.run / member.name / "sae")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the signals back."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 from lightning.pytorch import seed_everything
@@ -24,7 +24,22 @@ from saeforge.training.trainer import SAETrainer
 from saeforge.variants import Variant
 
 #: What `training` may hold: SAEModule's options that `train` has no argument of its own for.
-_TRAINING = set(inspect.signature(SAEModule).parameters) - {"variant", "d_in", "d_out", "lr", "seed"}
+_TRAINING = set(inspect.signature(SAEModule).parameters) - {"variant", "d_in", "d_out", "lr", "sweep", "grid"}
+
+
+# What differs is the result; the arguments are those below.
+@overload
+def train(x: Any, *, sweep: None = None, grid: None = None, **options: Any) -> SAE: ...
+@overload
+def train(
+    x: Any,
+    *,
+    sweep: Mapping[str, Mapping[str, Any] | None],
+    grid: Mapping[str, list[Any]] | None = None,
+    **options: Any,
+) -> dict[str, SAE]: ...
+@overload
+def train(x: Any, *, sweep: None = None, grid: Mapping[str, list[Any]], **options: Any) -> dict[str, SAE]: ...
 
 
 def train(
@@ -44,9 +59,11 @@ def train(
     progress: bool | None = None,
     trainer: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    sweep: Mapping[str, Mapping[str, Any] | None] | None = None,
+    grid: Mapping[str, list[Any]] | None = None,
     **options: Any,
-) -> SAE:
-    """Trains an SAE and returns it.
+) -> SAE | dict[str, SAE]:
+    """Trains an SAE and returns it; or several, from one stream of activations, and returns them by name.
 
     Args:
         x: (n, d_in) activations: a tensor, an array, an iterator of chunks, or the path of a dataset on disk. A list or
@@ -68,11 +85,15 @@ def train(
         progress: show a progress bar; default: on a terminal.
         trainer: further arguments of Lightning's Trainer, e.g. `{"devices": 2, "strategy": "ddp"}`.
         training: further options of the run (docs/training.md), as under `model` in a config, e.g.
-            `{"target_l0": 64, "ema_half_life_steps": 700, "init_from": sae, "skip": True}`.
+            `{"target_l0": 64, "ema_half_life_steps": 700, "init_from": sae, "skip": True}`; its `seed` is that of the
+            weights alone.
+        sweep: several SAEs, by name, and what each differs in from the others' common options above and below:
+            `{"small": {"k": 16}, "gated": {"variant": "gated", "l1": 0.02, "lr": 3e-4}}` (docs/sweeps.md).
+        grid: the same from lists of values, all combinations: `{"k": [16, 32], "d_sae": [2048, 4096]}`.
         options: of the variant, e.g. `d_sae=4096, k=32`.
 
     Returns:
-        The folded SAE; `sae.meta` holds its provenance.
+        The folded SAE; `sae.meta` holds its provenance. With `sweep` or `grid` a dict of them.
 
     Raises:
         ConfigError, DatasetError, PluginError: see their messages.
@@ -114,7 +135,9 @@ def train(
     data = ActivationData.of(source, batch_size=batch_size, tokens=tokens, seed=seed)
     try:
         build = functools.partial(cls, **options)
-        module = SAEModule(build, data.d_in, data.d_out, lr=lr, seed=seed, **training)
+        module = SAEModule(
+            build, data.d_in, data.d_out, lr=lr, sweep=_plain(sweep), grid=_plain(grid), **{"seed": seed, **training}
+        )
     except TypeError as error:
         raise ConfigError(f"variant {variant}: {error}") from error
     settings: dict[str, Any] = {
@@ -129,4 +152,9 @@ def train(
     host.fit(module, data)
     if host.run_folder is not None and host.run_folder.stopped_by is not None:
         raise KeyboardInterrupt  # what is there is not the SAE that was asked for
-    return module.folded()[0]
+    saes = module.folded()
+    return dict(zip(module.names(source), saes, strict=True)) if module.swept else saes[0]
+
+
+def _plain(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if given is None else dict(given)

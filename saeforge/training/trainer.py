@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +26,7 @@ from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.resampling import Resampling
 from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint, make_folder
+from saeforge.training.wandb_runs import WandbRuns
 
 # torch 2.13 renames the option that keeps ranks from sending each other equal buffers in every forward.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -124,6 +125,12 @@ class SAETrainer(Trainer):
             raise CheckpointError(f"no checkpoint at {ckpt_path}; expected a file such as RUN/checkpoints/last.ckpt")
         if self.run_folder is not None:
             make_folder(self.run_folder.run)
+        if model.swept:
+            names, folder = model.names(datamodule.source), Path(self.default_root_dir).name
+            self.loggers = [
+                WandbRuns.of(logger, names, folder) if isinstance(logger, WandbLogger) else logger
+                for logger in self.loggers
+            ]
         try:
             super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         finally:
