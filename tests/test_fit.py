@@ -470,7 +470,8 @@ def test_train_takes_any_batch_size_and_sites_by_name(dataset: Path) -> None:
         progress=False,
         pre_bias=False,
     )
-    assert sae.meta["target"]["id"] == "array:out"
+    assert sae.meta["site"]["id"] == "array:out"
+    assert sae.meta["target"] is None  # the same site is no transcoder
     with pytest.raises(saeforge.SaeforgeError, match="name of one of its sites"):
         saeforge.train(dataset, target=x, progress=False)
     with pytest.raises(saeforge.SaeforgeError, match="rows too"):
