@@ -1,0 +1,130 @@
+"""Data parallelism: ranks that share a batch have the loss and the gradient of the whole batch."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from saeforge.data.batch import Batch
+from saeforge.ops import Group
+from saeforge.registry import PluginRecord
+from saeforge.testing.case import Case, close
+from saeforge.testing.numbers import BATCH_SELECTION
+from saeforge.testing.outcome import CheckFailed, LeftOut
+from saeforge.variants import Variant
+
+WORLD = 2
+ROWS = 32
+BOUND = 1e-9  # float64
+WAIT_SECONDS = 60
+
+_Share = dict[str, Tensor]
+
+
+class _ThreadGroup(Group):
+    """Ranks as threads of this process: sums through a barrier, as all-reduce would."""
+
+    def __init__(self, rank: int, slots: list[Tensor], barrier: threading.Barrier) -> None:
+        super().__init__(WORLD, rank)
+        self.slots, self.lock = slots, barrier
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ThreadGroup:
+        return self  # a copy of a variant asks the same ranks
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """See `Group.sum`."""
+        self.slots[self.rank] = tensor.detach()
+        self.lock.wait()
+        total = torch.stack(self.slots).sum(0)
+        self.lock.wait()
+        return total
+
+
+def ranks(case: Case) -> None:
+    """Two ranks (threads) with half of the rows each: mean loss, mean gradients and counts of the whole batch."""
+    _decline(case)
+    slots, barrier = [torch.zeros(())] * WORLD, threading.Barrier(WORLD, timeout=WAIT_SECONDS)
+    shares: list[_Share | Exception] = [RuntimeError("it did not run")] * WORLD
+
+    def work(rank: int) -> None:
+        try:
+            shares[rank] = _share(case, _ThreadGroup(rank, slots, barrier))
+        except Exception as error:  # handed to the thread that checks
+            barrier.abort()
+            shares[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(WORLD)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for share in shares:
+        if isinstance(share, Exception) and not isinstance(share, threading.BrokenBarrierError):
+            raise share
+    _compare(case, [share for share in shares if isinstance(share, dict)])
+
+
+def processes(case: Case) -> None:
+    """The same with two processes and torch.distributed (gloo)."""
+    _decline(case)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            torch.multiprocessing.spawn(_process, (folder, case.cls, case.options), nprocs=WORLD, join=True)
+        except Exception as error:
+            raise CheckFailed(
+                f"a process of two failed: {' '.join(str(error).split())[-400:]}; every rank must make the same calls "
+                "of self.run.group in the same order"
+            ) from error
+        _compare(case, [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)])
+
+
+def _process(rank: int, folder: str, cls: type[Variant], options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        case = Case(cls, options, PluginRecord(cls.__name__, cls.__module__, cls.__qualname__))
+        torch.save(_share(case, Group.world()), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _decline(case: Case) -> None:
+    if case.selects_over_the_batch:
+        raise LeftOut(BATCH_SELECTION)
+
+
+def _share(case: Case, group: Group) -> _Share:
+    """Loss, gradients and counts of a rank's rows; without a group of several, of all rows."""
+    variant = case.variant()
+    variant.bind(case.settings(torch.float64, group))
+    rows = slice(group.rank * ROWS // group.size, (group.rank + 1) * ROWS // group.size)
+    batch = case.batch(ROWS, seed=12)
+    weight = torch.linspace(0.2, 1.8, ROWS, dtype=torch.float64)[rows]
+    x = batch.x[rows]
+    assert batch.group is not None
+    out = case.stepped(variant, Batch(x, x, weight, batch.group[rows]))
+    loss = torch.stack(list(out.terms.values())).sum()
+    loss.backward()
+    counts = variant.observe(out.code)
+    found = {"the loss": loss.detach(), "the counts of `observe`": counts.double()}
+    for name, parameter in variant.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found[f"the gradient of {name}"] = gradient.detach()
+    return found
+
+
+def _compare(case: Case, shares: list[_Share]) -> None:
+    whole = _share(case, Group())
+    for name, value in whole.items():
+        mean = torch.stack([share[name] for share in shares]).mean(0)
+        if not close(mean, value, BOUND) and float((mean - value).abs().max()) > 1e-12:
+            raise CheckFailed(
+                f"{name} over two ranks is not that of the whole batch; take means with self.mean_rows and "
+                "self.mean_entries, and everything else that looks across rows through self.run.group"
+            )
