@@ -105,7 +105,8 @@ def direction_fault(module: str, imported: Import) -> str:
     if room in (target, PACKAGE):
         return ""
     if target == TESTING:
-        return "testing is for plugins and tests"
+        checks = module == "saeforge.cli.variants" and (imported.lazy or imported.typing_only)
+        return "" if checks else "testing is for plugins, tests and `saeforge variants --check`"
     if room == TESTING:
         allowed = FLOOR_OF[target] <= 4 or (imported.lazy and FLOOR_OF[target] == 6)
         return "" if allowed else "testing uses floors 0 to 4, and 6 inside functions"
@@ -200,7 +201,8 @@ def test_a_command_but_fit_parses_its_options_without_torch(module: str) -> None
         ("pages/report.py", "import saeforge.cli.main", "floor 7 imports floor 8"),
         ("training/run.py", "from saeforge import train", "it is in no room"),
         ("training/run.py", "import saeforge", "take it from its room"),
-        ("training/run.py", "import saeforge.testing", "testing is for plugins and tests"),
+        ("training/run.py", "import saeforge.testing", "testing is for plugins, tests and"),
+        ("cli/fit.py", "def f():\n    import saeforge.testing", "testing is for plugins, tests and"),
         ("testing/kit.py", "import saeforge.training", "testing uses floors 0 to 4"),
         ("testing/kit.py", "def f():\n    import saeforge.pages", "testing uses floors 0 to 4"),
         ("cli/variants.py", "import entrypoints", "only saeforge.registry may"),
@@ -245,6 +247,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, fa
         ("lm/load.py", "def f():\n    import transformers"),
         ("cli/fit.py", "import lightning.pytorch.cli, torch\nfrom saeforge.training import module"),
         ("cli/harvest.py", "import jsonargparse\nfrom saeforge.harvest import x\ndef f():\n    import torch"),
+        ("cli/variants.py", "def f():\n    from saeforge.testing import conformance"),
         ("testing/kit.py", "import saeforge.variants\ndef f():\n    import saeforge.training"),
         (
             "../plugins/jump/src/jump/main.py",

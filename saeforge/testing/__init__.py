@@ -8,7 +8,17 @@ A plugin's tests need three lines:
 """
 
 from saeforge.testing.kit import CHECKS, QUICK, conformance, conformance_test
-from saeforge.testing.outcome import CheckFailed, Outcome, Report
+from saeforge.testing.outcome import MARK, CheckFailed, Outcome, Report
 from saeforge.testing.waits import NoWaiting
 
-__all__ = ["CHECKS", "QUICK", "CheckFailed", "NoWaiting", "Outcome", "Report", "conformance", "conformance_test"]
+__all__ = [
+    "CHECKS",
+    "MARK",
+    "QUICK",
+    "CheckFailed",
+    "NoWaiting",
+    "Outcome",
+    "Report",
+    "conformance",
+    "conformance_test",
+]

@@ -38,7 +38,7 @@ RAW_SCALE = 7.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One step of a variant: detached terms, dense latents (B, d_sae), gradients by parameter (0 where there is none)."""
+    """One step of a variant: detached terms, dense latents (B, d_sae), gradients by parameter (0 where none comes)."""
 
     terms: dict[str, Tensor]
     latents: Tensor

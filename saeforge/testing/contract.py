@@ -177,9 +177,9 @@ def config(case: Case) -> None:
     text = yaml.safe_dump({"variant": {"class_path": path, "init_args": _without_widths(plain)}})
     read = parser.parse_string(text)
     built = parser.instantiate_classes(read).variant(WIDTH, WIDTH)
-    for name, value in made.items():
+    for name, value in plain.items():
         found = built.arguments[name]
-        if json.dumps(found) != json.dumps(value):
+        if json.loads(json.dumps(found)) != plain[name]:
             raise CheckFailed(
                 f"option {name} = {value!r} comes out of YAML as {found!r}; mend its type annotation, which is "
                 "what the file is read by"

@@ -32,9 +32,9 @@ def learning(case: Case) -> None:
     cosine = float((directions @ rows.T).abs().amax(1).mean())
     if not (fvu <= FVU and cosine >= COSINE):
         raise CheckFailed(
-            f"after {TOKENS // BATCH} steps at lr {LR} the FVU is {fvu:.2f} (expected at most {FVU}) and the mean cosine "
-            f"with the true directions {cosine:.2f} (at least {COSINE}); try a weaker penalty or more latents per token "
-            "in the options, then look at the start (dead latents) and the loss"
+            f"after {TOKENS // BATCH} steps at lr {LR} the FVU is {fvu:.2f} (expected at most {FVU}) and the mean "
+            f"cosine with the true directions {cosine:.2f} (at least {COSINE}); try a weaker penalty or more latents "
+            "per token in the options, then look at the start (dead latents) and the loss"
         )
 
 

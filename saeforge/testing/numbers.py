@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from saeforge.data.batch import Batch
 from saeforge.optim import RowAdam
 from saeforge.testing.case import Case, close, distance
 from saeforge.testing.outcome import CheckFailed, LeftOut
-from saeforge.variants import OwnEncoder, Variant
+from saeforge.variants import OwnEncoder
 
 FOLD = 1e-8  # float64; scale, bias and norms are taken out in some other order than they were put in
 #: Entries at the very threshold that took the place of a selection over the batch, and of the share that may differ.
 AT_THRESHOLD = 0.01
 SCALE = 1e-4  # fp32, several steps of Adam
-BATCH_SELECTION = (
-    "it selects over the whole batch (on each rank for itself), so that a row's latents depend on the others"
-)
+BATCH_SELECTION = "it selects over the batch, each rank over its own rows, so a row's latents depend on the other rows"
 #: bf16 has 8 bits: 0.4% on each product, and a few latents at the edge of the selection change.
 BF16_LOSS, BF16_COSINE = 0.02, 0.9
 

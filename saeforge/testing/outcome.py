@@ -8,7 +8,7 @@ from typing import Literal
 from saeforge.errors import ConfigError
 
 Status = Literal["passed", "failed", "left out"]
-MARK: dict[Status, str] = {"passed": "✓", "failed": "✗", "left out": "–"}
+MARK: dict[Status, str] = {"passed": "✓", "failed": "✗", "left out": "–"}  # noqa: RUF001
 
 
 class CheckFailed(AssertionError):

@@ -31,11 +31,10 @@ def determinism(case: Case) -> None:
         for name, value in first.items():
             if not torch.equal(value, again[name]):
                 cause = (
-                    f"with {threads} threads instead of one; sum in an order that does not depend on them (saeforge.ops)"
-                    if threads != THREADS[0]
-                    else "when run again; draw no random numbers in step, or from a generator of the variant's own that "
-                    "is seeded by self.observed(), and sum in a fixed order"
+                    "when run again; draw random numbers from a generator seeded by self.observed(), in a fixed order"
                 )
+                if threads != THREADS[0]:
+                    cause = f"with {threads} threads instead of one; sum in an order that does not depend on them"
                 raise CheckFailed(f"after {STEPS} equal steps {name} has other bits {cause}")
 
 
