@@ -38,7 +38,7 @@ def run(argv: Sequence[str], group: PluginGroup = VARIANTS) -> int:
     if check:
         _load_all(group, wanted)
     records, problems = [r for r in group.records() if r.name in wanted], group.warnings()
-    reports = _reports(records, full=args.full) if check and group.base == VARIANTS.base else {}
+    reports = _reports(group, records, full=args.full) if check and group.base == VARIANTS.base else {}
     if args.json:
         variants: list[dict[str, Any]] = [asdict(r) for r in records]
         for variant in variants:
@@ -76,7 +76,7 @@ def _load_all(group: PluginGroup, names: Sequence[str]) -> None:
                 continue  # the record keeps the reason, and `run` prints it
 
 
-def _reports(records: Sequence[PluginRecord], *, full: bool) -> dict[str, Report]:
+def _reports(group: PluginGroup, records: Sequence[PluginRecord], *, full: bool) -> dict[str, Report]:
     """What the kit says of each variant that could be loaded."""
     from saeforge.testing import CHECKS, QUICK, conformance
 
@@ -84,7 +84,7 @@ def _reports(records: Sequence[PluginRecord], *, full: bool) -> dict[str, Report
     usable = [r.name for r in records if r.status in ("ok", "incompatible")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a version that does not fit; the table has it
-        return {name: conformance(name, checks=checks) for name in usable}
+        return {name: conformance(group.load(name), checks=checks) for name in usable}
 
 
 def _checks(reports: dict[str, Report]) -> list[str]:

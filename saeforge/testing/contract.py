@@ -176,7 +176,7 @@ def config(case: Case) -> None:
     parser.add_argument("--variant", type=Callable[[int, int], Variant])
     text = yaml.safe_dump({"variant": {"class_path": path, "init_args": _without_widths(plain)}})
     read = parser.parse_string(text)
-    built = parser.instantiate_classes(read).variant(WIDTH, WIDTH)
+    built = parser.instantiate(read).variant(WIDTH, WIDTH)
     for name, value in plain.items():
         found = built.arguments[name]
         if json.loads(json.dumps(found)) != plain[name]:

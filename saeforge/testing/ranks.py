@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import operator
+import os
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -17,12 +23,12 @@ from saeforge.registry import PluginRecord
 from saeforge.testing.case import Case, close
 from saeforge.testing.numbers import BATCH_SELECTION
 from saeforge.testing.outcome import CheckFailed, LeftOut
-from saeforge.variants import Variant
 
 WORLD = 2
 ROWS = 32
 BOUND = 1e-9  # float64
-WAIT_SECONDS = 60
+WAIT_SECONDS = 100
+_SAME_CALLS = "every rank must make the same calls of self.run.group in the same order"
 
 _Share = dict[str, Tensor]
 
@@ -73,22 +79,40 @@ def ranks(case: Case) -> None:
 def processes(case: Case) -> None:
     """The same with two processes and torch.distributed (gloo)."""
     _decline(case)
+    module, name = case.cls.__module__, case.cls.__qualname__
+    if module == "__main__" or "<locals>" in name:
+        raise CheckFailed(f"{module}.{name} cannot be imported by another process; put the class into a module")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", "from saeforge.testing import ranks; ranks._process()"]
+        arguments = [folder, module, name, json.dumps(case.options)]
+        running = [
+            subprocess.Popen([*command, str(rank), *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+            for rank in range(WORLD)
+        ]
         try:
-            torch.multiprocessing.spawn(_process, (folder, case.cls, case.options), nprocs=WORLD, join=True)
-        except Exception as error:
-            raise CheckFailed(
-                f"a process of two failed: {' '.join(str(error).split())[-400:]}; every rank must make the same calls "
-                "of self.run.group in the same order"
-            ) from error
+            said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in running]
+        except subprocess.TimeoutExpired as error:
+            raise CheckFailed(f"two processes did not end within {WAIT_SECONDS} s; {_SAME_CALLS}") from error
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        for process, text in zip(running, said, strict=True):
+            if process.returncode:
+                last = text.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+                raise CheckFailed(f"a process of two failed: {last[0]}; {_SAME_CALLS}")
         _compare(case, [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)])
 
 
-def _process(rank: int, folder: str, cls: type[Variant], options: dict[str, Any]) -> None:
+def _process() -> None:
+    """One of them."""
+    rank, folder, module, name, options = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=int(rank), world_size=WORLD)
     try:
-        case = Case(cls, options, PluginRecord(cls.__name__, cls.__module__, cls.__qualname__))
+        cls = operator.attrgetter(name)(importlib.import_module(module))
+        case = Case(cls, json.loads(options), PluginRecord(name, module, name))
         torch.save(_share(case, Group.world()), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
