@@ -30,7 +30,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "matryoshka": [{"selection": "topk", "aux": 0.5}, {"random_prefixes": 3}],
     "crosscoder": [{"sparsity": "l1", "source_loss": "scale"}, {"selection_weight": "none", "input_scale": "rms"}],
     "jumprelu": [
-        {"loss": "tanh", "bandwidth": 0.1, "aux": 0.1},
+        {"loss": "tanh", "aux": 0.1},
         {"loss": "quadratic", "l0_target": 4.0, "bandwidth": 0.02, "threshold_parameter": "linear"},
     ],
 }

@@ -1,53 +1,21 @@
 """No step of a constant-k variant makes the host wait for the device.
 
-On a GPU, CUDA's own check; without one a proxy: operations that must read a number from the device before the host can
-go on (`item`, `nonzero`, masks as indices, ...) are refused while a step runs.
+On a GPU, CUDA's own check; without one the proxy of the conformance kit (`saeforge.testing.NoWaiting`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from saeforge.data.batch import Batch
 from saeforge.optim import RowAdam
+from saeforge.testing import NoWaiting
 from saeforge.training.readout import ReadOut
 from saeforge.variants import RunSettings, TopK, Variant
 from saeforge.variants.base import DEAD_LIST_STEPS
-
-#: Their results' sizes or values depend on what is in the tensors.
-WAITING = {
-    "_local_scalar_dense",
-    "bincount",
-    "equal",
-    "is_nonzero",
-    "masked_select",
-    "nonzero",
-    "repeat_interleave",
-    "unique_consecutive",
-    "_unique2",
-}
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses the operations above, and boolean tensors as indices, on tensors that would be on the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        sized = name == "repeat_interleave" and kwargs.get("output_size") is not None
-        if name in WAITING and not sized:
-            raise AssertionError(f"{func} reads from the device")
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            chosen = [index for index in args[1] if isinstance(index, Tensor)]
-            if any(index.dtype == torch.bool for index in chosen):
-                raise AssertionError(f"{func} with a mask reads from the device")
-        return func(*args, **kwargs)
 
 
 def prepared(variant: Variant, device: str = "cpu") -> tuple[Variant, Callable[[], None]]:
@@ -80,12 +48,6 @@ def test_a_topk_step_with_auxk_reads_nothing_from_the_device(pre_bias: bool) -> 
         for _ in range(DEAD_LIST_STEPS - 2):  # between two listings
             step()
     assert variant.get_parameter("W_enc").grad is not None
-
-
-def test_the_proxy_notices_a_step_that_waits() -> None:
-    for operation in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: bool(x.any())):
-        with pytest.raises(AssertionError, match="from the device"), NoWaiting():
-            operation(torch.randn(5))
 
 
 def test_what_is_listed_as_dead_survives_a_resume_and_is_renewed_on_time() -> None:

@@ -16,6 +16,7 @@ import saeforge
 from saeforge.cli.main import main
 from saeforge.cli.new_variant import KINDS, new_variant
 from saeforge.registry import contract_faults
+from saeforge.testing import QUICK, conformance
 from saeforge.variants import Variant
 from tests.toy import D_IN, toy_rows
 
@@ -49,6 +50,7 @@ def test_what_is_made_keeps_the_contract_and_learns(kind: str, tmp_path: Path, m
     folder = new_variant(f"made_{kind}", kind=kind, into=tmp_path)
     cls = made_class(folder, monkeypatch)
     assert contract_faults(cls, Variant) == []
+    assert conformance(cls, checks=QUICK).ok
     options: dict[str, Any] = {"k": 4} if kind == "topk" else {"strength": 0.05}
     x = toy_rows(8192)
     # Another seed than 0, which starts at toy_rows' own directions.

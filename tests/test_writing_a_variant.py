@@ -21,6 +21,7 @@ from saeforge.cli.new_variant import new_variant
 from saeforge.data.source import ShardSource
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.registry import VARIANTS
+from saeforge.testing import QUICK, conformance
 from saeforge.variants import Variant
 from tests.readme import ROOT
 from tests.toy import D_IN, toy_dataset, toy_rows
@@ -87,6 +88,12 @@ def train(x: torch.Tensor, variant: str | type[Variant], **options: Any) -> saef
 
 def fvu(sae: saeforge.SAE, x: torch.Tensor) -> float:
     return float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_pass_the_conformance_kit(name: str, examples: dict[str, type[Variant]]) -> None:
+    report = conformance(examples[name], checks=QUICK)
+    assert report.ok, str(report)
 
 
 def test_pursuit_needs_its_package_and_pays_for_its_rounds(examples: dict[str, type[Variant]], tmp_path: Path) -> None:

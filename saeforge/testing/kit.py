@@ -50,7 +50,8 @@ def conformance(
     Args:
         variant: entry-point name, class path, or class.
         checks: names of those to run, of `CHECKS`; `QUICK` are the cheap ones.
-        exempt: check -> why this variant does not hold it; it is reported as left out.
+        exempt: check -> why this variant does not hold it; it is reported as left out. A class says the same for good
+            in `exempt_checks`.
         options: of the variant, e.g. `k=4`; `d_sae` is 64 and `k` 4 unless given.
 
     Returns:
@@ -59,16 +60,16 @@ def conformance(
     Raises:
         ConfigError: unknown checks, or an exemption without a reason.
     """
-    exempt = exempt or {}
+    try:
+        cls: type[Variant] = VARIANTS.load(variant) if isinstance(variant, str) else variant
+    except PluginError as error:
+        return Report(str(variant), "", (Outcome("load", "failed", str(error)),))
+    exempt = {**cls.exempt_checks, **(exempt or {})}
     for name in (*checks, *exempt):
         if name not in CHECKS:
             raise ConfigError(f"unknown check {name!r}; there are {', '.join(CHECKS)}")
     if empty := [name for name, reason in exempt.items() if not reason.strip()]:
         raise ConfigError(f"check {empty[0]!r} is exempt without a reason; say why")
-    try:
-        cls: type[Variant] = VARIANTS.load(variant) if isinstance(variant, str) else variant
-    except PluginError as error:
-        return Report(str(variant), "", (Outcome("load", "failed", str(error)),))
     record = VARIANTS.name_of(cls)
     outcomes = [Outcome("load", "passed")]
     try:

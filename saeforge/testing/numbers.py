@@ -14,7 +14,6 @@ FOLD = 1e-8  # float64; scale, bias and norms are taken out in some other order 
 #: Entries at the very threshold that took the place of a selection over the batch, and of the share that may differ.
 AT_THRESHOLD = 0.01
 SCALE = 1e-4  # fp32, several steps of Adam
-BATCH_SELECTION = "it selects over the batch, each rank over its own rows, so a row's latents depend on the other rows"
 #: bf16 has 8 bits: 0.4% on each product, and a few latents at the edge of the selection change.
 BF16_LOSS, BF16_COSINE = 0.02, 0.9
 
@@ -87,7 +86,7 @@ def scale(case: Case) -> None:
 def row_weights(case: Case) -> None:
     """Rows of weight 0 influence no term and no gradient; weights of 2 are weights of 1."""
     if case.selects_over_the_batch:
-        raise LeftOut(BATCH_SELECTION)
+        raise LeftOut("it selects over the batch, where rows of weight 0 compete too")
     variant, batch = case.variant(), case.batch(32)
     other = batch.x.clone()
     other[24:] = 3 * case.rows(8, seed=30).to(other)

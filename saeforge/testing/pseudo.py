@@ -10,9 +10,13 @@ from saeforge.testing.case import Case
 from saeforge.testing.outcome import CheckFailed, LeftOut
 from saeforge.variants import Variant
 
+#: The attribute with the width of the window, in scaled units, which `step` reads.
+WINDOW = "bandwidth"
 ROWS = 8192
 #: Of the sum of the terms' changes. Half of the entries in the window are active, but for the luck of some hundred.
 TOLERANCE = 0.05
+#: Windows are made as narrow as this, of a typical latent: the estimate is exact in the limit only.
+NARROW = 0.02
 
 
 def pseudo_gradients(case: Case) -> None:
@@ -20,18 +24,21 @@ def pseudo_gradients(case: Case) -> None:
 
     The mean over rows of a loss with a jump at theta changes with theta as often as a pre-activation lies near it
     (Rajamanoharan et al. 2024, arXiv 2407.14435, section 4). Half a window up and down, the difference over the same
-    rows is what the pseudo-gradient estimates.
+    rows is what the pseudo-gradient estimates. The window is the attribute `bandwidth` in scaled units, which the check
+    narrows.
     """
     variant = case.variant()
     batch = case.batch(ROWS, seed=6)
     thresholds = _thresholds(case, variant, batch)
     if not thresholds:
         raise LeftOut("it has no pseudo-gradients")
-    bandwidth = getattr(variant, "bandwidth", None)
+    bandwidth = getattr(variant, WINDOW, None)
     if not isinstance(bandwidth, float | int) or bandwidth <= 0:
         raise CheckFailed("it has pseudo-gradients but no attribute `bandwidth`, the width of their window; set it")
     for name in thresholds:
-        _raise(case, variant, batch, name)
+        typical = _raise(case, variant, batch, name)
+        bandwidth = min(float(bandwidth), NARROW * typical)
+        setattr(variant, WINDOW, bandwidth)
         rate = _rate(variant, batch, case, name)
         step = torch.where(rate > 0, bandwidth / 2 / rate, 0.0)
         _compare(case, variant, batch, name, step)
@@ -57,8 +64,9 @@ def _moves_threshold(variant: Variant, name: str) -> bool:
         parameter.add_(1e-3)
         after = variant.fold()
         parameter.sub_(1e-3)
-    moved = before.threshold is not None and not torch.equal(before.threshold, after.threshold)
-    return moved and torch.equal(before.b_enc, after.b_enc)
+    if before.threshold is None or after.threshold is None:
+        return False
+    return not torch.equal(before.threshold, after.threshold) and torch.equal(before.b_enc, after.b_enc)
 
 
 def _unit(case: Case, variant: Variant, batch: Batch) -> Tensor:
@@ -77,12 +85,13 @@ def _theta(case: Case, variant: Variant, batch: Batch) -> Tensor:
     return threshold / _unit(case, variant, batch)
 
 
-def _raise(case: Case, variant: Variant, batch: Batch, name: str) -> None:
-    """Moves all thresholds up by one number until they stand amid the latents, where the jump is of some size."""
+def _raise(case: Case, variant: Variant, batch: Batch, name: str) -> float:
+    """Moves all thresholds by one number until they stand amid the latents; returns the median of those before."""
     active = case.evaluated(variant, Batch(batch.x[:512], batch.x[:512], group=torch.arange(512) // 2)).latents
-    wanted = 0.5 * float(active[active > 0].median())
+    typical = float(active[active > 0].median())
+    wanted = 0.5 * typical
     parameter = variant.get_parameter(name)
-    start, low, high = parameter.detach().clone(), 0.0, 20.0
+    start, low, high = parameter.detach().clone(), -20.0, 20.0
     unit = _unit(case, variant, batch)
     for _ in range(40):
         middle = (low + high) / 2
@@ -94,6 +103,7 @@ def _raise(case: Case, variant: Variant, batch: Batch, name: str) -> None:
             low = middle
         else:
             high = middle
+    return typical
 
 
 def _rate(variant: Variant, batch: Batch, case: Case, name: str) -> Tensor:

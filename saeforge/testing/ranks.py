@@ -21,8 +21,7 @@ from saeforge.data.batch import Batch
 from saeforge.ops import Group
 from saeforge.registry import PluginRecord
 from saeforge.testing.case import Case, close
-from saeforge.testing.numbers import BATCH_SELECTION
-from saeforge.testing.outcome import CheckFailed, LeftOut
+from saeforge.testing.outcome import CheckFailed
 
 WORLD = 2
 ROWS = 32
@@ -43,18 +42,25 @@ class _ThreadGroup(Group):
     def __deepcopy__(self, memo: dict[int, Any]) -> _ThreadGroup:
         return self  # a copy of a variant asks the same ranks
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """See `Group.sum`."""
+    def gather(self, tensor: Tensor) -> Tensor:
+        """See `Group.gather`."""
         self.slots[self.rank] = tensor.detach()
         self.lock.wait()
-        total = torch.stack(self.slots).sum(0)
+        every = torch.stack(self.slots)
         self.lock.wait()
-        return total
+        return every
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """See `Group.sum`."""
+        return self.gather(tensor).sum(0)
+
+    def minimum(self, tensor: Tensor) -> Tensor:
+        """See `Group.minimum`."""
+        return self.gather(tensor).amin(0)
 
 
 def ranks(case: Case) -> None:
     """Two ranks (threads) with half of the rows each: mean loss, mean gradients and counts of the whole batch."""
-    _decline(case)
     slots, barrier = [torch.zeros(())] * WORLD, threading.Barrier(WORLD, timeout=WAIT_SECONDS)
     shares: list[_Share | Exception] = [RuntimeError("it did not run")] * WORLD
 
@@ -78,7 +84,6 @@ def ranks(case: Case) -> None:
 
 def processes(case: Case) -> None:
     """The same with two processes and torch.distributed (gloo)."""
-    _decline(case)
     module, name = case.cls.__module__, case.cls.__qualname__
     if module == "__main__" or "<locals>" in name:
         raise CheckFailed(f"{module}.{name} cannot be imported by another process; put the class into a module")
@@ -116,11 +121,6 @@ def _process() -> None:
         torch.save(_share(case, Group.world()), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
-
-
-def _decline(case: Case) -> None:
-    if case.selects_over_the_batch:
-        raise LeftOut(BATCH_SELECTION)
 
 
 def _share(case: Case, group: Group) -> _Share:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -63,7 +63,7 @@ def save_load(case: Case) -> None:
             raise CheckFailed("the folded SAE reconstructs otherwise once saved and loaded; register what it needs")
 
 
-def _named(case: Case) -> object:
+def _named(case: Case) -> AbstractContextManager[object]:
     """A name for the class while it lasts: an SAE that keeps its variant is loaded by name."""
     known = any(record.class_path == case.record.class_path for record in VARIANTS.records())
     return nullcontext() if known else VARIANTS.register("conformance-case", case.cls)

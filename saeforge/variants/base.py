@@ -11,8 +11,8 @@ import copy
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, final
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Variant(nn.Module, ABC):
     #: Name of the scheduled value that makes latents sparser the larger it is, which `target_l0` then steers; None for
     #: variants whose L0 is set by other means (k). An instance may set its own.
     sparsity_schedule: str | None = None
+    #: Checks of the conformance kit (docs/conformance.md) that a variant does not hold on purpose: name -> reason.
+    exempt_checks: ClassVar[Mapping[str, str]] = {}
 
     scale: Tensor
     target_scale: Tensor
