@@ -241,8 +241,10 @@ class PluginGroup:
             cls: type = entrypoints.EntryPoint(record.name, record.module, record.object).load()
         except Exception as error:  # whatever a stranger's module does at import is a broken plugin, not our crash
             advice = f"mend or uninstall {record.distribution}" if record.distribution else "mend that module"
-            reason = f"{self.kind} {record.name!r} of {record.origin} cannot be loaded: {_one_line(error)}; {advice}"
-            raise PluginError(f"{reason} ({record.error})" if record.error else reason) from error
+            reason = f"{self.kind} {record.name!r} of {record.origin} cannot be loaded: {_one_line(error)}"
+            raise PluginError(
+                f"{reason} ({record.error}); {advice}" if record.error else f"{reason}; {advice}"
+            ) from error
         return cls
 
     def _validate(self, candidate: object, record: PluginRecord) -> None:

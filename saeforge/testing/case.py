@@ -142,12 +142,18 @@ class Case:
         """Its scheduled values in a step of the run."""
         return {name: value(step) for name, value in variant.schedules(TOTAL_STEPS).items()}
 
-    def stepped(self, variant: Variant, batch: Batch) -> StepOutput:
+    def stepped(self, variant: Variant, batch: Batch, step: int = STEP) -> StepOutput:
         """The output of a step; the variant's state moves."""
-        return variant.step(batch, self.schedule(variant))
+        return variant.step(batch, self.schedule(variant, step))
 
     def evaluated(
-        self, variant: Variant, batch: Batch, *, pseudo: bool = True, changed: dict[str, Tensor] | None = None
+        self,
+        variant: Variant,
+        batch: Batch,
+        *,
+        pseudo: bool = True,
+        changed: dict[str, Tensor] | None = None,
+        step: int = STEP,
     ) -> Evaluation:
         """One step and its backward pass, on a copy of the variant.
 
@@ -156,16 +162,17 @@ class Case:
             batch: rows.
             pseudo: whether pseudo-gradients count.
             changed: values of parameters that differ from the variant's.
+            step: of the run.
         """
         copy = deepcopy(variant)
         with torch.no_grad():
             for name, value in (changed or {}).items():
                 copy.get_parameter(name).copy_(value)
         if pseudo:
-            out = self._backward(copy, batch)
+            out = self._backward(copy, batch, step)
         else:
             with without_pseudo_gradients():
-                out = self._backward(copy, batch)
+                out = self._backward(copy, batch, step)
         gradients = {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in copy.named_parameters()
@@ -174,8 +181,8 @@ class Case:
         latents = out.code.to_dense().detach()
         return Evaluation(terms, latents, gradients, out.counters["squared_error"], out.code.k)
 
-    def _backward(self, variant: Variant, batch: Batch) -> StepOutput:
-        out = self.stepped(variant, batch)
+    def _backward(self, variant: Variant, batch: Batch, step: int) -> StepOutput:
+        out = self.stepped(variant, batch, step)
         total = torch.stack(list(out.terms.values())).sum()
         if not total.requires_grad:
             raise CheckFailed("no loss term depends on a parameter; do not detach what `step` returns as terms")

@@ -48,7 +48,7 @@ def save_load(case: Case) -> None:
     loaded.load_state_dict(torch.load(buffer, weights_only=True))
     loaded.bind(variant.run)
     batch = case.batch(dtype=torch.float32)
-    one, other = case.evaluated(variant, batch), case.evaluated(loaded, batch)
+    one, other = (case.evaluated(each, batch, step=STEPS) for each in (variant, loaded))
     for kind, a, b in (("term", one.terms, other.terms), ("the gradient of", one.gradients, other.gradients)):
         for name in a:
             if not torch.equal(a[name], b[name]):

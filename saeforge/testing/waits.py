@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import saeforge
+from saeforge import ops
 from saeforge.testing.case import Case
 from saeforge.testing.outcome import CheckFailed
 
@@ -32,7 +32,7 @@ WAITING = {
 }
 #: Methods that hand numbers to the host without an operation that a dispatcher would see.
 READING = {"tolist", "numpy", "cpu", "__array__"}
-_HOME = Path(saeforge.__file__).parent
+_HOME = Path(ops.__file__).parents[1]
 _TORCH = Path(torch.__file__).parent
 
 
