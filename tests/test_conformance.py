@@ -198,6 +198,9 @@ def test_a_variant_that_cannot_be_built_says_so() -> None:
     assert "initialise" in report.failed[0].message or "shapes" in report.failed[0].message
     report = conformance(Right, nonsense=1)
     assert "cannot be built: TypeError" in report.failed[0].message
+    with pytest.raises(CheckFailed) as raised:
+        report.raise_first()
+    assert isinstance(raised.value.__cause__, TypeError)  # so that pytest shows where
 
 
 def test_listing_variants_loads_no_torch() -> None:

@@ -43,7 +43,10 @@ def run(argv: Sequence[str], group: PluginGroup = VARIANTS) -> int:
         variants: list[dict[str, Any]] = [asdict(r) for r in records]
         for variant in variants:
             if variant["name"] in reports:
-                variant["checks"] = [asdict(outcome) for outcome in reports[variant["name"]].outcomes]
+                variant["checks"] = [
+                    {"check": o.check, "status": o.status, "message": o.message, "seconds": round(o.seconds, 3)}
+                    for o in reports[variant["name"]].outcomes
+                ]
         print(json.dumps({"variants": variants, "warnings": problems}, indent=2))
     else:
         lines = [*_table(records), *(f"warning: {problem}" for problem in problems)]

@@ -63,7 +63,7 @@ def conformance(
     try:
         cls: type[Variant] = VARIANTS.load(variant) if isinstance(variant, str) else variant
     except PluginError as error:
-        return Report(str(variant), "", (Outcome("load", "failed", str(error)),))
+        return Report(str(variant), "", (Outcome("load", "failed", str(error), 0.0, error),))
     exempt = {**cls.exempt_checks, **(exempt or {})}
     for name in (*checks, *exempt):
         if name not in CHECKS:
@@ -76,7 +76,7 @@ def conformance(
         case = Case(cls, dict(options), record)
     except Exception as error:  # a stranger's constructor, in any state
         message = f"{_who(record)}: it cannot be built: {_described(error)}; give options that fit d_sae = 64"
-        return Report(record.name, record.origin, (*outcomes, Outcome("shapes", "failed", message)))
+        return Report(record.name, record.origin, (*outcomes, Outcome("shapes", "failed", message, 0.0, error)))
     for name, check in CHECKS.items():
         if name in exempt:
             outcomes.append(Outcome(name, "left out", f"exempt: {exempt[name]}"))
@@ -92,12 +92,13 @@ def _run(name: str, check: Callable[[Case], None], case: Case) -> Outcome:
     except LeftOut as reason:
         return Outcome(name, "left out", str(reason), time.perf_counter() - start)
     except CheckFailed as error:
-        return Outcome(name, "failed", f"{_who(case.record)}: {name}: {error}", time.perf_counter() - start)
+        message = f"{_who(case.record)}: {name}: {error}"
+        return Outcome(name, "failed", message, time.perf_counter() - start, error)
     except Exception as error:  # whatever a stranger's code raises is that variant's failure, not the kit's
         message = (
-            f"{_who(case.record)}: {name}: it raised {_described(error)}; run the check alone under pytest to see all"
+            f"{_who(case.record)}: {name}: it raised {_described(error)}; mend that; conformance_test shows all of it"
         )
-        return Outcome(name, "failed", message, time.perf_counter() - start)
+        return Outcome(name, "failed", message, time.perf_counter() - start, error)
     return Outcome(name, "passed", "", time.perf_counter() - start)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from saeforge.errors import ConfigError
@@ -29,12 +29,14 @@ class Outcome:
         message: of a failed one, who (variant, distribution, class), what, and how to mend it; of one that was left
             out, why; else "".
         seconds: that it took.
+        error: what was raised, of a failed one.
     """
 
     check: str
     status: Status
     message: str = ""
     seconds: float = 0.0
+    error: Exception | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Report:
             CheckFailed: with its message.
         """
         if self.failed:
-            raise CheckFailed(self.failed[0].message)
+            raise CheckFailed(self.failed[0].message) from self.failed[0].error
 
     def __str__(self) -> str:
         """One line for each check, with the messages."""
