@@ -18,7 +18,8 @@ class LogReLU(Variant):
     def initialise(self, stats, x, target, generator):
         self.set_scale(stats)
         self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator))
-        self.W_enc.copy_(self.W_dec)
+        tied = self.d_in == self.d_out
+        self.W_enc.copy_(self.W_dec if tied else random_unit_rows(self.d_sae, self.d_in, generator))
 
     def step(self, batch, schedule):
         x, target = self.scaled(batch)
