@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saeforge import sae as native
 from saeforge.errors import CheckpointError
 from saeforge.sae import META_FILE, SAE
+from saeforge.sae import load as load_own
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> SAE:
     folder = Path(path)
     hub = str(path).startswith("hf://")
     if not hub and (not folder.exists() or _is_native(folder)):
-        return native.load(folder, device=device)
+        return load_own(folder, device=device)
     return read(path).to(device)
 
 

@@ -70,7 +70,7 @@ class SAELens(Format):
     def read(self, path: Path) -> SAE:
         """See `Format.read`; a scale of the whole dataset folds, norms of each token are refused."""
         place = path / CONFIG
-        config = _modern(read_json(place))
+        config = _modern(place, read_json(place))
         architecture = config["architecture"]
         if architecture in REFUSED:
             raise ConfigError(f"{place}: architecture {architecture!r} cannot be imported: {REFUSED[architecture]}")
@@ -169,7 +169,7 @@ class SAELens(Format):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
 
 
-def _modern(config: dict[str, Any]) -> dict[str, Any]:
+def _modern(place: Path, config: dict[str, Any]) -> dict[str, Any]:
     """A configuration of any version as one of version 6 (its own loader knows the same old keys)."""
     nested = config.get("metadata")
     metadata = dict(nested) if isinstance(nested, dict) else {}
@@ -177,12 +177,12 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     activation, arguments = config.get("activation_fn"), config.get("activation_fn_kwargs") or {}
     config.setdefault("architecture", "standard")
     if not isinstance(config["architecture"], str):
-        raise CheckpointError(f"architecture {config['architecture']!r}: expected a name")
+        raise CheckpointError(f"{place}: architecture {config['architecture']!r}: expected a name")
     if activation == "topk" and config["architecture"] == "standard":
         config["architecture"] = "topk"
         config.setdefault("k", arguments.get("k") if isinstance(arguments, dict) else None)
     elif activation not in (None, "relu", "topk"):
-        raise ConfigError(f"activation_fn {activation!r} cannot be imported: known are relu and topk")
+        raise ConfigError(f"{place}: activation_fn {activation!r} cannot be imported: known are relu and topk")
     keys = ("model_name", "hook_name", "hook_name_out", "hf_hook_name", "context_size", "prepend_bos", "dataset_path")
     for key in (*keys, "neuronpedia_id"):
         if config.get(key) is not None:
