@@ -8,6 +8,7 @@ Rows come from FOLDER/../rows.safetensors (`x`); what the tool computes goes to 
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from make_format_golden import expect
 
-STEPS, BATCH, D_SAE, K = 300, 1024, 1024, 16
+STEPS, BATCH, D_SAE, K = 200, 512, 512, 16
 
 
 def computed(tool: str, folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,9 +36,14 @@ def computed(tool: str, folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, to
         found = coder.encode(x)
         acts = torch.zeros(len(x), coder.num_latents).scatter_(1, found.top_indices, found.top_acts)
         return acts, coder(x).sae_out
-    from dictionary_learning.utils import load_dictionary
+    # What its `load_dictionary` does; that module itself asks for datasets and nnsight.
+    from dictionary_learning.dictionary import AutoEncoderNew, JumpReluAutoEncoder
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK
 
-    ae, _ = load_dictionary(str(folder), "cpu")
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    classes = {cls.__name__: cls for cls in (AutoEncoderNew, JumpReluAutoEncoder, AutoEncoderTopK)}
+    arguments = {"k": trainer["k"]} if trainer["dict_class"] == "AutoEncoderTopK" else {}
+    ae = classes[trainer["dict_class"]].from_pretrained(str(folder / "ae.pt"), **arguments)
     return ae.encode(x), ae(x)
 
 

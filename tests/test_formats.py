@@ -257,7 +257,8 @@ def gemma_tensors() -> dict[str, Tensor]:
 
 def test_gemma_scope(tmp_path: Path) -> None:
     t = gemma_tensors()
-    np.savez(tmp_path / "params.npz", **{key.replace("w_", "W_"): tensor.numpy() for key, tensor in t.items()})
+    arrays: dict[str, Any] = {key.replace("w_", "W_"): tensor.numpy() for key, tensor in t.items()}
+    np.savez(tmp_path / "params.npz", **arrays)
     sae, x = formats.read(tmp_path), rows()
     acts = jump_relu(x, t["w_enc"], t["b_enc"], t["threshold"])
     assert torch.equal(sae.encode(x).to_dense() != 0, acts != 0)

@@ -213,5 +213,5 @@ def own_identity(path: Path, found: Any) -> dict[str, Any]:
         fits = all(isinstance(site, dict) for site in sites) and all(isinstance(word, str) for word in words)
         fits = fits and (model is None or (isinstance(model, dict) and isinstance(model.get("name"), str)))
     if not fits:
-        raise CheckpointError(f"{path}: its entry {OWN_KEY!r} is damaged; remove it or export again")
+        raise CheckpointError(f"{path}: what {OWN_KEY} wrote of its origin is damaged; remove it or export again")
     return {key: found[key] for key in IDENTITY if found.get(key) is not None}

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.formats.base import (
-    OWN_KEY,
     Format,
     check_plain,
     identity_of,
@@ -28,13 +27,14 @@ from saeforge.formats.files import matrix, number, read_json, read_safetensors, 
 from saeforge.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+IDENTITY_FILE = "saeforge.json"  # of its own: sparsify warns of keys in cfg.json that it does not know
 
 
 class Sparsify(Format):
     """sparsify: top-k SAEs and transcoders, with and without a skip connection."""
 
     title = "sparsify"
-    files = (CONFIG, WEIGHTS)
+    files = (CONFIG, WEIGHTS, IDENTITY_FILE)
     writes = True
 
     def recognises(self, path: Path) -> bool:
@@ -64,6 +64,7 @@ class Sparsify(Format):
                 f"{path}: {WEIGHTS} has an encoder of shape {tuple(W_enc.shape)}, {CONFIG} says {(latents, d_in)}; "
                 "the files do not belong together"
             )
+        own = path / IDENTITY_FILE
         return plain_sae(
             path,
             W_enc,
@@ -74,7 +75,7 @@ class Sparsify(Format):
             shift=None if transcode else weights["b_dec"],
             W_skip=weights.get("W_skip"),
             meta={
-                **own_identity(place, config.get(OWN_KEY)),
+                **(own_identity(own, read_json(own)) if own.exists() else {}),
                 "imported": {"transcode": transcode, "hookpoint": path.name},
             },
         )
@@ -90,7 +91,7 @@ class Sparsify(Format):
             )
 
     def write(self, sae: SAE, folder: Path) -> None:
-        """Writes both files. What it takes off an SAE's input goes into the encoder's bias: b_enc + W_enc b_dec."""
+        """Writes the files. What it takes off an SAE's input goes into the encoder's bias: b_enc + W_enc b_dec."""
         transcode = is_transcoder(sae)
         bias = sae.b_enc if transcode else (sae.b_enc.double() + product(sae.W_enc, sae.b_dec)).to(sae.b_enc.dtype)
         tensors = {"encoder.weight": sae.W_enc, "encoder.bias": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
@@ -107,7 +108,7 @@ class Sparsify(Format):
             "skip_connection": sae.W_skip is not None,
             "transcode": transcode,
             "d_in": sae.d_in,
-            OWN_KEY: identity_of(sae),
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / IDENTITY_FILE).write_text(json.dumps(identity_of(sae), indent=2) + "\n")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
