@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from saeforge.features import FeatureStore as FeatureStore
     from saeforge.features import build_features as build_features
     from saeforge.features.concepts import concept_table as concept_table
+    from saeforge.formats import load as load
     from saeforge.harvest import harvest as harvest
     from saeforge.harvest.inputs import harvest_inputs as harvest_inputs
     from saeforge.sae import SAE as SAE
-    from saeforge.sae import load as load
     from saeforge.steering import Add as Add
     from saeforge.steering import Clamp as Clamp
     from saeforge.steering import Scale as Scale
@@ -43,7 +43,7 @@ _PUBLIC = {
     "fit": "saeforge.cli.fit",
     "harvest": "saeforge.harvest",
     "harvest_inputs": "saeforge.harvest.inputs",
-    "load": "saeforge.sae",
+    "load": "saeforge.formats",
     "steer": "saeforge.steering",
     "train": "saeforge.training.train",
 }

@@ -371,3 +371,17 @@ _VARIANTS = {
 }
 VARIANTS = PluginGroup("saeforge.variants", "saeforge.variants.base:Variant", _VARIANTS, kind="variant")
 """The SAE variants: the built-in ones and those of installed plugins."""
+
+_FORMATS = {
+    "dictionary_learning": "saeforge.formats.dictionary_learning:DictionaryLearning",
+    "gemma_scope": "saeforge.formats.gemma_scope:GemmaScope",
+    "gemma_scope_2": "saeforge.formats.gemma_scope:GemmaScope2",
+    "llama_scope": "saeforge.formats.llama_scope:LlamaScope",
+    "native": "saeforge.formats.native:Native",
+    "openai": "saeforge.formats.openai:OpenAI",
+    "qwen_scope": "saeforge.formats.qwen_scope:QwenScope",
+    "saelens": "saeforge.formats.saelens:SAELens",
+    "sparsify": "saeforge.formats.sparsify:Sparsify",
+}
+FORMATS = PluginGroup("saeforge.formats", "saeforge.formats.base:Format", _FORMATS, kind="format")
+"""The formats of SAEs on disk: the built-in ones and those of installed plugins."""

@@ -237,7 +237,8 @@ class SAE(nn.Module):
         for path in (meta_path, weights):
             if not path.is_file():
                 raise CheckpointError(
-                    f"no SAE in {folder}: {path.name} is missing; give a RUN folder or its sae/ folder"
+                    f"no SAE in {folder}: {path.name} is missing; give a RUN folder or its sae/ folder (another "
+                    "tool's SAE: `saeforge import`)"
                 )
         try:
             meta = json.loads(meta_path.read_text())
@@ -246,7 +247,7 @@ class SAE(nn.Module):
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the SAE in {folder} is damaged ({error}); save or copy it again") from error
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise CheckpointError(f"{meta_path} is not a saeforge SAE; other tools' SAEs are imported, not loaded")
+            raise CheckpointError(f"{meta_path} is not a saeforge SAE; another tool's goes through `saeforge import`")
         version = meta.get("version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CheckpointError(

@@ -14,7 +14,7 @@ import pytest
 
 from saeforge import __version__, registry
 from saeforge.errors import PluginError
-from saeforge.registry import VARIANTS, PluginGroup, PluginRecord
+from saeforge.registry import FORMATS, VARIANTS, PluginGroup, PluginRecord
 
 ROOT = Path(__file__).parents[1]
 GROUP = "test.plugins"
@@ -458,16 +458,18 @@ def test_registration_checks_the_contract_and_the_name(site: Site, group: Plugin
 # ---- the variants of saeforge
 
 
-def test_the_static_table_of_variants_is_the_one_in_pyproject() -> None:
+@pytest.mark.parametrize("group", [VARIANTS, FORMATS], ids=lambda group: group.group)
+def test_the_static_table_is_the_one_in_pyproject(group: PluginGroup) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = project["entry-points"]["saeforge.variants"]
-    own = {r.name: f"{r.module}:{r.object}" for r in VARIANTS.records() if r.distribution == "saeforge"}
+    declared = project["entry-points"][group.group]
+    own = {r.name: f"{r.module}:{r.object}" for r in group.records() if r.distribution == "saeforge"}
     assert own == declared
 
 
-def test_every_builtin_variant_loads_and_keeps_the_contract() -> None:
-    own = [r for r in VARIANTS.records() if r.distribution == "saeforge"]
-    assert {VARIANTS.name_of(VARIANTS.load(r.name)).name for r in own} == {r.name for r in own}
+@pytest.mark.parametrize("group", [VARIANTS, FORMATS], ids=lambda group: group.group)
+def test_every_builtin_plugin_loads_and_keeps_the_contract(group: PluginGroup) -> None:
+    own = [r for r in group.records() if r.distribution == "saeforge"]
+    assert {group.name_of(group.load(r.name)).name for r in own} == {r.name for r in own}
 
 
 def test_importing_the_registry_imports_no_torch() -> None:

@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "features": ("saeforge.cli.features", "read the latents: what fires them, and which concept they are"),
     "steer": ("saeforge.cli.steer", "generate text with latents clamped, scaled or added, beside the plain text"),
+    "export": ("saeforge.cli.export", "write an autoencoder in the files of another tool"),
+    "import": ("saeforge.cli.import_", "read an autoencoder that another tool wrote"),
     "bench-synthetic": ("saeforge.cli.bench_synthetic", "judge variants on activations whose features are known"),
     "variants": ("saeforge.cli.variants", "list the kinds of autoencoder: built-in ones and installed plugins"),
     "new-variant": ("saeforge.cli.new_variant", "make a package with a variant of your own, working and tested"),

@@ -123,6 +123,34 @@ def origin_of(sae: SAE, *, model: str | None = None, trust_remote_code: bool = F
     )
 
 
+def describe_origin(
+    model: str, site: str, target: str | None = None, *, widths: tuple[int, int], trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Return what `sae.meta` says of an SAE's model and sites, for one that was trained elsewhere.
+
+    Args:
+        model: folder, hub name, `package:NAME` or `demo`; loaded as deep as the sites.
+        site: where it reads; an id, a path or an alias.
+        target: where it writes, if elsewhere.
+        widths: its d_in and d_out.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        ConfigError: no such model or site, or a site in the residual stream of another width.
+    """
+    elsewhere = [target] if target is not None and target != site else []
+    loaded = load_model(model, [site, *elsewhere], trust_remote_code=trust_remote_code)
+    hidden = getattr(loaded.model.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
+    found = {}
+    for name, place, width in zip(("site", "target"), loaded.sites, widths, strict=False):
+        if place.alias is not None and hidden not in (None, width):
+            raise ConfigError(
+                f"{place.alias} of model {model!r} is {hidden} wide, this SAE is {width} there; check the model"
+            )
+        found[name] = {"id": place.id, "module_path": place.module_path, "where": place.where, "d": width}
+    return {"model": loaded.card, "target": None, **found}
+
+
 def check_one_site(sae: SAE) -> None:
     """Refuses an SAE of several sources: there is no one place in one model that it reads.
 

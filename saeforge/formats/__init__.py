@@ -1,0 +1,142 @@
+"""SAEs of other tools: read theirs, write ours, without those tools installed.
+
+A format is a plugin of the group `saeforge.formats`. Nothing here unpickles: `.pt` files are read with
+`weights_only=True`, `.npz` files without pickle, JSON and safetensors as what they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saeforge.errors import CheckpointError
+from saeforge.sae import META_FILE, SAE
+from saeforge.sae import load as load_own
+
+if TYPE_CHECKING:
+    import torch
+
+    from saeforge.formats.base import Format
+
+AUTO = "auto"
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> SAE:
+    """The SAE of a RUN folder, an `sae/` folder, or a folder or file that another tool wrote.
+
+    Args:
+        path: on disk, or `hf://USER/NAME[@REVISION][/FOLDER]`.
+        device: where its weights go.
+
+    Raises:
+        CheckpointError: no SAE there, a damaged one, or one of a format that is not known.
+        ConfigError: an SAE that the plain `SAE` cannot express; the message says why.
+    """
+    folder = Path(path)
+    hub = str(path).startswith("hf://")
+    if not hub and (not folder.exists() or _is_native(folder)):
+        return load_own(folder, device=device)
+    return read(path).to(device)
+
+
+def read(path: str | Path, format: str = AUTO) -> SAE:
+    """Reads an SAE in a format.
+
+    Args:
+        path: on disk, or `hf://USER/NAME[@REVISION][/FOLDER]`.
+        format: name of a format, or "auto": the one that recognises the path.
+
+    Returns:
+        The SAE, on the CPU, in float32; `meta["imported"]` says where it came from, in that tool's words.
+
+    Raises:
+        CheckpointError: missing, damaged, or recognised by no format.
+        ConfigError: what it computes cannot be expressed; the message says why.
+    """
+    name, place, chosen = _located(path, format)
+    sae = chosen.read(place)
+    sae.meta.setdefault("imported", {}).update(format=name, path=str(path))
+    return sae
+
+
+def write(sae: SAE, path: str | Path, format: str) -> Path:
+    """Writes an SAE in a format.
+
+    Args:
+        sae: to be written.
+        path: the folder; made, and must hold no files of another SAE.
+        format: name of a format that writes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the format only reads, or cannot express this SAE; the message says why.
+        CheckpointError: the folder is not empty, or the disk refused.
+    """
+    chosen = _format(format)
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} already holds something; choose another --out or empty it")
+    chosen.check(sae)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen.write(sae, folder)
+    except OSError as error:
+        raise CheckpointError(f"could not write {folder}: {error}; free space or choose another folder") from error
+    return folder
+
+
+def _located(path: str | Path, name: str) -> tuple[str, Path, Format]:
+    """The format and the place on disk; a place on the hub is fetched first."""
+    chosen = None if name == AUTO else _format(name)
+    if str(path).startswith("hf://"):
+        from saeforge.formats import hub
+
+        place = hub.fetch(str(path), [chosen] if chosen else list(_formats()[0].values()))
+    else:
+        place = Path(path)
+    if not place.exists():
+        raise CheckpointError(f"{path} does not exist; expected a folder or file that holds an SAE")
+    if chosen is not None:
+        return name, place, chosen
+    known, broken = _formats()
+    found = {name: format for name, format in known.items() if format.recognises(place)}
+    if len(found) == 1:
+        return next((name, place, format) for name, format in found.items())
+    if found:
+        raise CheckpointError(f"{path} looks like {' and like '.join(found)}; say which with --from")
+    raise CheckpointError(
+        f"{path} is in no known format ({', '.join(known)}); give the folder that holds the weights, or --from"
+        + "".join(f"; {line}" for line in broken)
+    )
+
+
+def _format(name: str) -> Format:
+    from saeforge.registry import FORMATS
+
+    format: Format = FORMATS.load(name)()
+    return format
+
+
+def _formats() -> tuple[dict[str, Format], list[str]]:
+    """Every format that loads, and one line for each that does not: a broken plugin hides no other format."""
+    from saeforge.errors import PluginError
+    from saeforge.registry import FORMATS
+
+    found, broken = {}, []
+    for name in dict.fromkeys(record.name for record in FORMATS.records()):
+        try:
+            found[name] = _format(name)
+        except PluginError as error:
+            broken.append(str(error))
+    return found, broken
+
+
+def _is_native(folder: Path) -> bool:
+    """Whether it is a folder of saeforge's own, or one of which its loader should say what is wrong."""
+    own = (folder / META_FILE, folder / "sae" / META_FILE, folder / "checkpoints" / "last.ckpt")
+    return any(path.exists() for path in own) or any(folder.glob(f"*/sae/{META_FILE}"))
+
+
+__all__ = ["AUTO", "load", "read", "write"]

@@ -1,0 +1,75 @@
+"""`hf://USER/NAME[@REVISION][/FOLDER or FILE]`: the files of one SAE from the HuggingFace hub, into its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from saeforge.data.web import HUB
+from saeforge.errors import CheckpointError
+from saeforge.formats.base import Format
+
+
+def fetch(location: str, formats: Sequence[Format]) -> Path:
+    """Downloads what the formats read of a folder of a model repository, and nothing else of it.
+
+    Args:
+        location: `hf://USER/NAME[@REVISION][/PATH]`.
+        formats: whose files are wanted.
+
+    Returns:
+        The folder, or the file that PATH names, in the cache of huggingface_hub.
+
+    Raises:
+        CheckpointError: a location of another shape, no such repository or folder, no network, no huggingface_hub.
+    """
+    found = HUB.fullmatch(location.removeprefix("hf://").rstrip("/"))
+    if found is None or found[1] or ".." in PurePosixPath(location).parts:
+        raise CheckpointError(f"{location}: expected hf://USER/NAME, hf://USER/NAME@REVISION/FOLDER, without '..'")
+    _, name, revision, inside = found.groups()
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise CheckpointError(f"{location}: needs the package huggingface_hub; pip install huggingface_hub") from error
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+        wanted = _wanted(files, inside or "", [pattern for format in formats for pattern in format.files])
+        if not wanted:
+            raise CheckpointError(_nothing(location, files, inside or ""))
+        places = [Path(hf_hub_download(name, file, revision=revision)) for file in wanted]
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{location}: the hub does not give it ({reason}); check name, login and network"
+        ) from error
+    if inside in files:
+        return places[wanted.index(inside)]
+    up = len(PurePosixPath(wanted[0]).relative_to(inside or ".").parts)
+    return places[0].parents[up - 1]
+
+
+def _wanted(files: Sequence[str], inside: str, patterns: Sequence[str]) -> list[str]:
+    """The files to download: those in the folder that a pattern names, or the one file and the JSON beside it."""
+    if inside in files:
+        beside = PurePosixPath(inside).parent
+        return [f for f in files if f == inside or (PurePosixPath(f).parent == beside and f.endswith(".json"))]
+    wanted = []
+    for file in files:
+        if ".." in PurePosixPath(file).parts or (inside and not file.startswith(f"{inside}/")):
+            continue
+        rest = PurePosixPath(file).relative_to(inside or ".")
+        # A pattern has as many parts as what it names: `*` does not reach into folders, as it would in fnmatch.
+        for pattern in map(PurePosixPath, patterns):
+            parts = list(zip(rest.parts, pattern.parts, strict=False))
+            if len(rest.parts) == len(pattern.parts) and all(fnmatchcase(part, like) for part, like in parts):
+                wanted.append(file)
+                break
+    return wanted
+
+
+def _nothing(location: str, files: Sequence[str], inside: str) -> str:
+    folders = sorted({str(PurePosixPath(file).parent) for file in files if file.startswith(inside)} - {"."})
+    some = f"; it has the folders {', '.join(folders[:5])}{', ...' if len(folders) > 5 else ''}" if folders else ""
+    return f"{location} holds no SAE's files{some}; give the folder of one SAE"
