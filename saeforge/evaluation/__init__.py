@@ -1,6 +1,6 @@
 """Judging a trained SAE."""
 
-from saeforge.evaluation.agreement import agreement
+from saeforge.evaluation.comparison import agreement
 from saeforge.evaluation.effect import Effect, EffectMetrics
 from saeforge.evaluation.judge import Evaluation, evaluate
 

@@ -15,7 +15,7 @@ import torch
 from saeforge import __version__
 from saeforge.data.source import ShardSource
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
-from saeforge.evaluation.agreement import agreement, check_comparable
+from saeforge.evaluation.comparison import agreement, check_comparable
 from saeforge.evaluation.effect import Effect, measure_effect
 from saeforge.evaluation.held_out import HeldOutTexts
 from saeforge.evaluation.passes import SplicedModel, sees_the_future

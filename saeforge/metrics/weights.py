@@ -72,7 +72,8 @@ def unit_rows(rows: Tensor) -> Tensor:
     """Rows of norm 1, in their dtype; a row of zeros stays one."""
     tiny = torch.finfo(rows.dtype).tiny
     rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(tiny)  # or squares of tiny entries underflow
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(tiny)
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(tiny)
+    return unit
 
 
 def nearest(a: Tensor, b: Tensor, chosen: Tensor, *, others: bool = False) -> Tensor:
