@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from saeforge.benchmark import bench_synthetic as bench_synthetic
     from saeforge.cli.fit import fit as fit
     from saeforge.errors import SaeforgeError as SaeforgeError
+    from saeforge.evaluation import agreement as agreement
     from saeforge.evaluation import evaluate as evaluate
     from saeforge.features import FeatureStore as FeatureStore
     from saeforge.features import build_features as build_features
@@ -36,6 +37,7 @@ _PUBLIC = {
     "SAE": "saeforge.sae",
     "SaeforgeError": "saeforge.errors",
     "Scale": "saeforge.steering",
+    "agreement": "saeforge.evaluation",
     "bench_synthetic": "saeforge.benchmark",
     "build_features": "saeforge.features",
     "concept_table": "saeforge.features.concepts",
@@ -55,6 +57,7 @@ __all__ = [
     "FeatureStore",
     "SaeforgeError",
     "Scale",
+    "agreement",
     "bench_synthetic",
     "build_features",
     "concept_table",

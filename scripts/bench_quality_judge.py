@@ -34,7 +34,8 @@ COLUMNS = {
 @torch.no_grad()
 def judge(sae: SAE, source: BlockSource) -> Reconstruction:
     """Metrics of an SAE over all held-out rows, raw units."""
-    metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=torch.tensor(source.statistics[0].mean))
+    mean, norms = torch.tensor(source.statistics[0].mean), sae.W_dec.norm(dim=1)
+    metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, decoder_norms=norms)
     for batch in ValidationLoader(source, 8192):
         x = batch[0].float()
         code = sae.encode(x)
@@ -52,7 +53,7 @@ def judge_pca(source: BlockSource, rank: int) -> Reconstruction:
         rows = source.read_block("train", block)[0].double() - mean
         scatter.addmm_(rows.T, rows)
     components = torch.linalg.eigh(scatter).eigenvectors[:, -rank:]
-    metrics = ReconstructionMetrics(d, rank, pivot=mean)
+    metrics = ReconstructionMetrics(d, rank, pivot=mean, decoder_norms=torch.ones(rank))
     for batch in ValidationLoader(source, 8192):
         x = batch[0].double()
         scores = (x - mean) @ components

@@ -466,7 +466,7 @@ def test_the_table_never_shows_dozens_of_labels(labels: int, rows: int, home: Pa
     effect = measure(home / "acts-gpt2", "gpt2", lambda x: x)
     many = Effect(effect.overall, {f"l{i}": effect.overall for i in range(labels)}, effect.settings)
     about = {"trained_on_this_dataset": True}
-    result = Evaluation(None, many, None, 8, about)  # type: ignore[arg-type]
+    result = Evaluation(None, None, None, many, None, 8, about)  # type: ignore[arg-type]
     assert len(label_rows(result)) == rows
     assert any("too many" in note for note in notes(result)) == (labels == 41)
     if rows == 13:

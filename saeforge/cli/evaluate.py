@@ -25,6 +25,12 @@ def make_parser() -> OneLineParser:
     parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below.")
     parser.add_argument("run", type=str, help="RUN folder (runs/<name>) or an sae/ folder.")
     parser.add_argument("--data", type=str | None, default=None, help="Dataset; default: the one it was trained on.")
+    parser.add_argument(
+        "--against",
+        type=str | None,
+        default=None,
+        help="Another RUN of the same site, like another seed: how far the decoders agree.",
+    )
     parser.add_argument("--split", type=str, default="validation", help="validation or train.")
     parser.add_argument(
         "--max_tokens", type=int | None, default=None, help="Read at most so many tokens, in whole blocks."
@@ -49,7 +55,7 @@ def make_parser() -> OneLineParser:
         default=False,
         help="Run Python code that comes with the model; read it first.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the bootstrap intervals.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the bootstrap, and of what is sampled.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--json", action="store_true", help="Print the JSON instead of the table.")
     return parser
@@ -71,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     from rich.table import Table
 
     from saeforge.evaluation import evaluate
-    from saeforge.evaluation.table import LABEL_COLUMNS, label_rows, notes, summary_rows
+    from saeforge.evaluation.table import LABEL_COLUMNS, elsewhere_rows, label_rows, notes, summary_rows, weight_rows
 
     units = {"activations": "batches of activations", "model": "contexts through the model"}
     columns = (
@@ -93,6 +99,7 @@ def run(argv: Sequence[str]) -> int:
         result = evaluate(
             options.run,
             data=options.data,
+            against=options.against,
             split=options.split,
             max_tokens=options.max_tokens,
             batch_size=options.batch_size,
@@ -109,12 +116,18 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps(result.to_json(), indent=2))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 110)
-    table = Table(title=f"{options.run}: {result.about['sae']['d_sae']:,} latents at {result.about['site']}")
-    for name in ("metric", "value", "remark"):
-        table.add_column(name, justify="right" if name == "value" else "left")
-    for row in summary_rows(result):
-        table.add_row(*row)
-    console.print(table)
+    about = f"{options.run}: {result.about['sae']['d_sae']:,} latents at {result.about['site']}"
+    for title, value, rows in (
+        (about, "value", summary_rows(result)),
+        ("the same reconstruction by other tools' definitions", "value", elsewhere_rows(result)),
+        ("latents as directions", "median", weight_rows(result)),
+    ):
+        table = Table(title=title)
+        for name in ("metric", value, "remark"):
+            table.add_column(name, justify="right" if name == value else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     by_label = label_rows(result)
     if by_label:
         table = Table(title="effect on the model, by label")

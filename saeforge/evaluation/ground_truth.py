@@ -12,6 +12,8 @@ from torch import Tensor
 from saeforge.data.synthetic import SyntheticFiles, SyntheticSource, Truth
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.metrics import ReconstructionMetrics
+from saeforge.metrics.matching import assign
+from saeforge.metrics.weights import unit_rows
 from saeforge.ops import SparseCode
 from saeforge.sae import SAE
 
@@ -91,16 +93,9 @@ def match_latents(W_dec: Tensor, directions: Tensor) -> Matching:
     """
     if W_dec.shape[1] != directions.shape[1]:
         raise ConfigError(f"the SAE is {W_dec.shape[1]} wide, the features {directions.shape[1]}; check the data")
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ConfigError("matching latents to features needs scipy; pip install 'saeforge[synthetic]'") from error
-    rows, true = (
-        part.double().cpu() / part.double().cpu().norm(dim=1, keepdim=True).clamp_min(1e-30)
-        for part in (W_dec, directions)
-    )
+    rows, true = (unit_rows(part.double().cpu()) for part in (W_dec, directions))
     cosines = (rows @ true.T).abs()
-    latents, features = (torch.from_numpy(part) for part in linear_sum_assignment(cosines.numpy(), maximize=True))
+    latents, features = assign(cosines)
     assigned = torch.full((len(rows),), -1, dtype=torch.int64)
     assigned[latents] = features
     found = torch.zeros(len(rows), dtype=torch.float64)

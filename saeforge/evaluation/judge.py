@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ import torch
 from saeforge import __version__
 from saeforge.data.source import ShardSource
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
+from saeforge.evaluation.comparison import agreement, check_comparable
 from saeforge.evaluation.effect import Effect, measure_effect
 from saeforge.evaluation.held_out import HeldOutTexts
 from saeforge.evaluation.passes import SplicedModel, sees_the_future
@@ -21,7 +23,8 @@ from saeforge.evaluation.reconstruction import CONVENTIONS, measure_reconstructi
 from saeforge.lm.device import resolve_device
 from saeforge.lm.load import MODEL_DTYPES
 from saeforge.lm.origin import Origin, origin_of
-from saeforge.metrics import Reconstruction
+from saeforge.metrics import Agreement, Firing, Reconstruction, WeightFigures, weight_figures
+from saeforge.metrics.conventions import AGREEMENT, FIRING, WEIGHTS
 from saeforge.sae import SAE, load
 
 EFFECT_TOKENS = 50_000
@@ -33,32 +36,45 @@ class Evaluation:
 
     Attributes:
         metrics: reconstruction and sparsity, from stored activations.
+        firing: how often latents fired on them.
+        weights: norms and cosines of the SAE's rows.
         effect: on the model's predictions, or None.
         effect_reason: why there is none, or None.
         d_sae: latents of the SAE.
         about: SAE, dataset, site, split and versions, as plain JSON values.
+        against: agreement with another SAE's decoder, or None.
         path: where the JSON was written, or None.
     """
 
     metrics: Reconstruction
+    firing: Firing
+    weights: WeightFigures
     effect: Effect | None
     effect_reason: str | None
     d_sae: int
     about: dict[str, Any]
+    against: Agreement | None = None
     path: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values: metrics, conventions, what was evaluated."""
+        """Plain JSON values: metrics, conventions, what was evaluated; what is undefined is null."""
         effect: dict[str, Any] = {"effect": None if self.effect is None else self.effect.to_json()}
         if self.effect_reason is not None:
             effect["effect_reason"] = self.effect_reason
-        return {"metrics": asdict(self.metrics), "conventions": CONVENTIONS, **effect, **self.about}
+        parts: dict[str, Any] = {
+            "firing": {**_plain(self.firing), "conventions": FIRING},
+            "weights": {**_plain(self.weights), "conventions": WEIGHTS},
+        }
+        if self.against is not None:
+            parts["against"] = {**_plain(self.against), "conventions": AGREEMENT}
+        return {"metrics": _plain(self.metrics), "conventions": CONVENTIONS, **parts, **effect, **self.about}
 
 
 def evaluate(
     run: str | Path | SAE,
     *,
     data: str | Path | None = None,
+    against: str | Path | SAE | None = None,
     split: str = "validation",
     max_tokens: int | None = None,
     batch_size: int = 4096,
@@ -76,6 +92,8 @@ def evaluate(
     Args:
         run: RUN folder, `sae/` folder, or an SAE. With a RUN folder the result is written to RUN/evaluation.json.
         data: dataset; default: the one it was trained on.
+        against: another SAE of the same site, to compare decoders with (see `agreement`), among the latents of the
+            first that fire.
         split: "validation" or "train".
         max_tokens: read at most so many stored activations (whole blocks, at least one); default: all.
         batch_size: rows at a time; the result does not depend on it.
@@ -85,7 +103,7 @@ def evaluate(
         batch_contexts: contexts at a time; default: as many as fit. The result does not depend on it but for rounding.
         model: where the model is now, if it moved.
         trust_remote_code: run Python code that comes with the model.
-        seed: of the bootstrap.
+        seed: of the bootstrap, of the latents sampled for cosines, and of the random directions beside `against`.
         device: "auto", "cpu", "cuda", ...
         on_progress: called with (what, done, in all).
 
@@ -105,14 +123,20 @@ def evaluate(
         raise ConfigError(f"seed = {seed}: expected at least 0")
     place = resolve_device(device)
     sae = (run if isinstance(run, SAE) else load(run)).to(place)
+    other = against if against is None or isinstance(against, SAE) else load(against)
+    if other is not None:
+        check_comparable(sae, other)
     root, source = _open_dataset(sae, data, split)
 
     def progress(what: str) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, total: on_progress(what, done, total)
 
-    metrics = measure_reconstruction(
+    measured = measure_reconstruction(
         sae, source, split, max_tokens=max_tokens, batch_size=batch_size, on_progress=progress("activations")
     )
+    encoder = (None, None) if sae.encoder is not None else (sae.W_enc, sae.b_enc)
+    weights = weight_figures(sae.W_dec, *encoder, seed=seed)
+    agreed = None if other is None else agreement(sae, other, alive_a=measured.alive, seed=seed)
     found: Effect | None = None
     reason: str | None = "not asked for (effect: false)"
     if effect is not False:
@@ -144,7 +168,9 @@ def evaluate(
         "saeforge": __version__,
     }
     path = None if isinstance(run, SAE) or not (Path(run) / "sae").is_dir() else Path(run) / "evaluation.json"
-    result = Evaluation(metrics, found, reason, sae.d_sae, about, path)
+    if against is not None:
+        about["against_sae"] = None if isinstance(against, SAE) else str(against)
+    result = Evaluation(measured.metrics, measured.firing, weights, found, reason, sae.d_sae, about, agreed, path)
     if path is not None:
         _write(path, result.to_json())
     return result
@@ -219,6 +245,19 @@ def _open_effect(
     if sees_the_future(spliced, next(texts.batches(1))):
         raise ConfigError(f"model {origin.model!r} is no causal language model: its predictions see the next token")
     return spliced, texts
+
+
+def _plain(result: Any) -> dict[str, Any]:
+    """A dataclass of figures as JSON values: NaN, which JSON has no word for, is null."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(part) for key, part in value.items()}
+        if isinstance(value, tuple):
+            return [walk(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: walk(part) for key, part in asdict(result).items()}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from saeforge.data.loader import ValidationLoader
 from saeforge.data.source import ShardSource
-from saeforge.metrics import Reconstruction, ReconstructionMetrics
+from saeforge.metrics import Firing, Reconstruction, ReconstructionMetrics
+from saeforge.metrics.conventions import RECONSTRUCTION as CONVENTIONS
 from saeforge.sae import SAE
 
-#: What each number means, kept beside the numbers: the field's definitions differ under the same names.
-CONVENTIONS = {
-    "l0": "latents != 0 of a token; mean and 5th, 50th, 95th percentile (nearest rank)",
-    "fvu": "sum |x - x_hat|^2 / sum |x - mu|^2, mu the mean over all evaluated tokens",
-    "mse": "mean over tokens of |x - x_hat|^2, summed over dimensions, raw units",
-    "cosine": "mean over tokens of cos(x, x_hat)",
-    "l2_ratio": "mean over tokens of |x_hat| / |x|",
-    "reconstruction_bias": "sum |x_hat|^2 / sum x.x_hat (Rajamanoharan et al. 2024, eq. 10); below 1 is shrinkage",
-    "dead": "latents that fired on no evaluated token; such a latent's rate is below 3 / tokens with 95% confidence",
-    "dense_1pct, dense_10pct": "latents that fired on more than 1% and 10% of the evaluated tokens",
-    "tokens": "documents of the named split only; special tokens and padding are not in the dataset",
-}
+__all__ = ["CONVENTIONS", "Measured", "measure_reconstruction"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The result of `measure_reconstruction`.
+
+    Attributes:
+        metrics: of reconstruction and sparsity.
+        firing: how often latents fired.
+        alive: (d_sae,) bool, latents that fired.
+    """
+
+    metrics: Reconstruction
+    firing: Firing
+    alive: Tensor
 
 
 def measure_reconstruction(
@@ -33,7 +41,7 @@ def measure_reconstruction(
     max_tokens: int | None = None,
     batch_size: int = 4096,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Reconstruction:
+) -> Measured:
     """Encode and decode stored activations.
 
     Args:
@@ -46,13 +54,27 @@ def measure_reconstruction(
     """
     pair = source.pairs[0]
     mean = torch.tensor(pair.statistics(source)[1].mean)
-    metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, device=sae.device)
+    norms = sae.W_dec.norm(dim=1)
+    sums = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, decoder_norms=norms, device=sae.device)
     loader = ValidationLoader(source, batch_size, max_rows=max_tokens, split=split)
     for done, rows in enumerate(loader, start=1):
         batch = pair.batch(rows)
         x = batch.x.to(sae.device).float()
         code = sae.encode(x)
-        metrics.update(batch.target.to(sae.device), sae.decode(code, x), code)
+        sums.update(batch.target.to(sae.device), sae.decode(code, x), code)
         if on_progress is not None:
             on_progress(done, len(loader))
-    return metrics.compute()
+    metrics = sums.compute()
+    documents = _documents(source, split, metrics.tokens // source.block_rows(split))
+    return Measured(metrics, sums.firing(documents), sums.counts > 0)
+
+
+def _documents(source: ShardSource, split: str, blocks: int) -> int | None:
+    """Return how many documents the rows of the first blocks are from; None for activations without their texts."""
+    dataset = source.datasets[0]
+    if not dataset.manifest.packing:
+        return None  # the table of rows then numbers rows, not documents
+    seen = np.empty(0, dtype=np.uint32)
+    for block in range(blocks):
+        seen = np.union1d(seen, dataset.read_rows(split, block)[:, 0])
+    return len(seen)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from saeforge.evaluation.effect import EffectMetrics
 from saeforge.evaluation.judge import Evaluation
+from saeforge.metrics import Spread
 
 LABEL_COLUMNS = ("label", "documents", "tokens", "ΔCE", "95% interval", "score/zero", "score/mean", "KL", "top-1")
 #: More labels than this (the modules of the standard library) are left to the JSON.
@@ -33,19 +36,69 @@ def summary_rows(result: Evaluation) -> list[tuple[str, str, str]]:
             ),
             ("top-1 agreement", f"{e.top1_sae:.4f}", f"of {e.tokens:,} predictions in {e.documents:,} documents"),
         ]
-    m = result.metrics
-    share = 100 / result.d_sae
-    held_out = result.about["split"] != "train"
+    return [*rows, *_activation_rows(result)]
+
+
+def _activation_rows(result: Evaluation) -> list[tuple[str, str, str]]:
+    m, firing, share = result.metrics, result.firing, 100 / result.d_sae
+    where = "of held-out documents" if result.about["split"] != "train" else "of TRAINING documents"
+    of = "" if firing.documents is None else f"{firing.documents:,} "
+    bound = "" if firing.dead_bound is None else f"; each fires in under {firing.dead_bound:.2g} of documents"
+    shares = (
+        f"{_percent(m.firing_share_10pct)} of all firings; over 1%: {m.dense_1pct:,}, {_percent(m.firing_share_1pct)}"
+    )
     return [
-        *rows,
-        ("tokens", f"{m.tokens:,}", "of held-out documents" if held_out else "of TRAINING documents"),
+        ("tokens", f"{m.tokens:,}", where.replace("of ", f"of {of}", 1)),
         ("L0", f"{m.l0_mean:.2f}", f"p5 {m.l0_p5}, p50 {m.l0_p50}, p95 {m.l0_p95}"),
-        ("FVU", f"{m.fvu:.4f}", "share of variance not explained; 0 is perfect, 1 predicts the mean"),
-        ("cosine", f"{m.cosine:.4f}", ""),
+        ("L1", f"{m.l1:.4g}", "of values times the norm of their decoder row"),
+        ("FVU", f"{m.fvu:.4f}", "share of variance not explained; 0 is perfect, 1 predicts the mean of all tokens"),
+        ("MSE", f"{m.mse:.4g}", f"summed over dimensions; {m.mse_per_dim:.4g} a dimension"),
+        ("cosine", f"{m.cosine:.4f}", "mean over tokens; high where activations have a large mean"),
+        ("l2 ratio", f"{m.l2_ratio:.4f}", "mean over tokens of |x̂| / |x|"),
         ("reconstruction bias", f"{m.reconstruction_bias:.4f}", "below 1 is shrinkage"),
-        ("dead latents", f"{m.dead:,}", f"{m.dead * share:.1f}% never fired in {m.tokens:,} tokens"),
-        ("dense latents", f"{m.dense_10pct:,}", f"fired on over 10% of tokens; {m.dense_1pct:,} on over 1%"),
+        ("dead latents", f"{m.dead:,}", f"{m.dead * share:.1f}% never fired in {m.tokens:,} tokens{bound}"),
+        ("dense latents", f"{m.dense_10pct:,}", f"fired on over 10% of tokens, {shares}"),
     ]
+
+
+def elsewhere_rows(result: Evaluation) -> list[tuple[str, str, str]]:
+    """The same reconstruction under the definitions of other tools: name, value, who reports it."""
+    m = result.metrics
+    return [
+        ("ev_legacy", f"{m.ev_legacy:.4f}", "SAELens, SAEBench and Neuronpedia: mean over tokens of ratios"),
+        ("ev_centered", f"{m.ev_centered:.4f}", "dictionary_learning, NVIDIA: blind to a constant bias"),
+        ("nmse_raw", f"{m.nmse_raw:.4f}", "OpenAI: relative to zero, not to the mean"),
+        ("nmse_global", f"{m.nmse_global:.4f}", "NVIDIA, mlsae: relative to the variance of all scalars"),
+    ]
+
+
+def weight_rows(result: Evaluation) -> list[tuple[str, str, str]]:
+    """The geometry of the weights, and the agreement with another SAE: name, median, remark."""
+    w, rows = result.weights, []
+    few = "" if w.sampled == w.latents else f" ({w.sampled:,} of {w.latents:,} latents, drawn at random)"
+    twins = "" if w.decoder_twins is None else f"; {_percent(w.decoder_twins)} of latents have one of 0.9{few}"
+    for name, spread, remark in (
+        ("decoder norm", w.decoder_norm, ""),
+        ("decoder cosine", w.decoder_nearest, f"with the nearest other latent{twins}"),
+        ("encoder cosine", w.encoder_nearest, f"with the nearest other latent{few}"),
+        ("encoder · decoder", w.encoder_decoder, "cosine of a latent's two rows"),
+    ):
+        if spread is not None:
+            rows.append((name, f"{spread.p50:.4g}", _spread(spread, remark)))
+    a = result.against
+    if a is not None:
+        kind = "one-to-one" if a.method == "hungarian" else "mutual nearest"
+        rows.append(("agreement", _percent(a.shared), f"of latents have a {kind} partner of cosine 0.7"))
+        if a.cosine is not None:
+            rows.append(("agreement, pairs", f"{a.cosine.p50:.4f}", _spread(a.cosine, f"{a.pairs:,} pairs")))
+        rows.append(
+            (
+                "agreement, nearest",
+                f"{a.nearest_a.p50:.4f}",
+                _spread(a.nearest_a, f"by chance {a.chance:.3f} on average"),
+            )
+        )
+    return rows
 
 
 def label_rows(result: Evaluation) -> list[tuple[str, ...]]:
@@ -103,3 +156,12 @@ def _range(metrics: EffectMetrics, name: str) -> str:
     """` [low, high]`, or nothing where there is no interval."""
     bounds = metrics.intervals[name]
     return "" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+
+
+def _percent(share: float) -> str:
+    return "undefined" if math.isnan(share) else f"{100 * share:.1f}%"
+
+
+def _spread(spread: Spread, remark: str) -> str:
+    """`mean ..., p5 to p95 ...; remark`."""
+    return f"mean {spread.mean:.4g}, p5 {spread.p5:.4g}, p95 {spread.p95:.4g}{f'; {remark}' if remark else ''}"

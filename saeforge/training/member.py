@@ -271,7 +271,9 @@ class Member(nn.Module):
         """Folds the variant."""
         sae = self.fold()
         mean = torch.tensor(self._statistics.target.mean)
-        self._validation = sae, ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, device=sae.device)
+        norms = sae.W_dec.norm(dim=1)
+        metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, decoder_norms=norms, device=sae.device)
+        self._validation = sae, metrics
 
     def validate(self, rows: Rows) -> None:
         """Adds rows to the sums."""
