@@ -185,8 +185,8 @@ def memory(shape: Shape, layout: Layout, device: Device) -> dict[str, int]:
 
     Returns:
         `weights`, `gradients`, `adam`, `bf16_copies` and `windows` (the loader's, with its ring of batches) stay;
-        `chunk` of pre-activations, `rows` and `code` are a step's; under DDP `bucketing`, a gradient on its way into its
-        bucket; `validation` is a folded copy of the SAE and what it computes; `initialisation` comes before
+        `chunk` of pre-activations, `rows` and `code` are a step's; under DDP `bucketing`, a gradient on its way into
+        its bucket; `validation` is a folded copy of the SAE and what it computes; `initialisation` comes before
         gradients and Adam. `peak` is the highest sum on the device, `host` what a process takes beside a GPU.
     """
     layout.check(shape)
@@ -339,8 +339,8 @@ def assumptions(device: Device) -> list[str]:
     """What the figures rest on, one line each."""
     return [
         f"{device.name}: {device.tflops:g} TFLOP/s in bf16, {device.tflops_fp32:g} in fp32, {device.bandwidth:g} GB/s "
-        f"of memory, {device.link:g} GB/s a device inside a node of {device.per_node}, {device.network:g} GB/s to others, "
-        f"{device.memory:g} GB",
+        f"of memory, {device.link:g} GB/s a device in a node of {device.per_node}, {device.network:g} GB/s to others "
+        f"and {device.memory:g} GB",
         "a floor: parts are added up, every gather goes to memory, no kernel waits for its launch, nothing overlaps",
         "topk without dead latents: AuxK adds 8 bytes of memory for each dead latent and row, and products of its own",
         "RowAdam in fp32, one SAE; not counted: the process, the CUDA context and the allocator's slack (about 1 GB)",
