@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"registry", "schedules", "demo"},
+    {"registry", "schedules", "scaling", "demo"},
     {"ops", "data", "own_encoder"},
     {"sae", "optim", "metrics"},
     {"variants", "formats", "lm"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -166,7 +167,7 @@ def run(argv: Sequence[str]) -> int:
         argv: arguments after `saeforge fit`.
 
     Returns:
-        Exit code; 130 or 143 after Ctrl-C or SIGTERM, with the run saved.
+        Exit code; 130, 143 or 138 after Ctrl-C, SIGTERM or SIGUSR1, with the run saved.
     """
     args = ["fit", *argv]
     # Lightning starts further ranks by running sys.argv again; where that is this very command, let it be the source.
@@ -181,7 +182,7 @@ def run(argv: Sequence[str]) -> int:
             f"`saeforge fit --config {folder.run}/config.yaml --ckpt_path last`",
             file=sys.stderr,
         )
-        return 130 if folder.stopped_by == "SIGINT" else 143
+        return 128 + signal.Signals[folder.stopped_by].value
     if folder is not None and trainer.is_global_zero:
         assert isinstance(cli.model, SAEModule)
         names = [member.name for member in cli.model.members]

@@ -18,6 +18,7 @@ from saeforge.errors import SaeforgeError
 COMMANDS: dict[str, tuple[str, str]] = {
     "harvest": ("saeforge.cli.harvest", "run a language model over text and store its activations as a dataset"),
     "data": ("saeforge.cli.data", "inspect or verify a dataset of activations, or import one stored elsewhere"),
+    "plan": ("saeforge.cli.plan", "memory, time and traffic of a training run, before it is started"),
     "fit": ("saeforge.cli.fit", "train a sparse autoencoder on a dataset of activations"),
     "evaluate": (
         "saeforge.cli.evaluate",

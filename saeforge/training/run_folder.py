@@ -25,6 +25,10 @@ CHECKPOINTS_PER_RUN = 10
 CHECKPOINT_SECONDS = 1800.0
 #: Steps between two questions of the ranks to each other whether one of them was told to stop.
 AGREE_STEPS = 8
+#: What finishes the step, saves and stops: Ctrl-C, a scheduler's end, and its warning ahead of that.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+#: A second Ctrl-C after so many seconds leaves at once. Sooner it is the same one, which torchrun repeats.
+MEANT_SECONDS = 1.0
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -129,7 +133,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RunFolder(Callback):
-    """Keeps RUN in order: checkpoints on the way, a stop at a whole step on Ctrl-C or SIGTERM, the SAE at the end.
+    """Keeps RUN in order: checkpoints on the way, a stop at a whole step on a signal, the SAE at the end.
 
     RUN/checkpoints/last.ckpt is replaced ten times a run, and at least every `CHECKPOINT_SECONDS`.
     """
@@ -138,23 +142,29 @@ class RunFolder(Callback):
         self.run, self.checkpoints = run, checkpoints
         self.stopped_by: str | None = None
         self._previous: dict[int, Any] = {}
+        self._stopped_at = 0.0
         self._saved_step, self._saved_at = -1, time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signals."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
                 self._previous[number] = signal.signal(number, self._stop)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals back: Lightning has put its own SIGTERM handler in front, which leaves without saving."""
+        """Takes the signals back: Lightning has put its own SIGTERM handler in front, which leaves without saving.
+
+        Its handler of SIGUSR1 under SLURM, which saves elsewhere and requeues the job, gives way to ours by itself.
+        """
         for number in self._previous:
             signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped_by is not None:  # the second one is meant
+        now = time.monotonic()
+        if self.stopped_by is None:
+            self.stopped_by, self._stopped_at = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self._stopped_at > MEANT_SECONDS:
             raise KeyboardInterrupt
-        self.stopped_by = signal.Signals(number).name
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stops or saves, when it is time. The clock is rank 0's, since all ranks must save together."""
@@ -174,10 +184,13 @@ class RunFolder(Callback):
             self._save(trainer, pl_module)
 
     def _agree_to_stop(self, pl_module: SAEModule) -> bool:
-        stop = Group.world().agree(self.stopped_by is not None, pl_module.device)
-        if stop and self.stopped_by is None:
-            self.stopped_by = signal.SIGTERM.name  # another rank's; Ctrl-C in a terminal reaches all of them
-        return stop
+        group = Group.world()
+        if group.size > 1:  # all ranks report the same one, whichever of them it has reached so far
+            own = 0 if self.stopped_by is None else signal.Signals[self.stopped_by].value
+            number = -int(group.minimum(torch.tensor(-own, device=pl_module.device)))
+            if number:
+                self.stopped_by = signal.Signals(number).name
+        return self.stopped_by is not None
 
     def _save(self, trainer: Trainer, pl_module: SAEModule) -> None:
         # The loss is read every log_every_n_steps only: a run that broke since must not replace its last good state.

@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from saeforge.training.module import SAEModule
 from saeforge.training.resampling import Resampling
 from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint, make_folder
 from saeforge.training.wandb_runs import WandbRuns
+from saeforge.training.watchdog import Watchdog
 
 # torch 2.13 renames the option that keeps ranks from sending each other equal buffers in every forward.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -34,6 +36,8 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "bro
 
 _STRATEGIES = (None, "auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
 
+#: Seconds that a collective may take, and a run stand still (Lightning's own default).
+RANK_TIMEOUT = 1800.0
 #: Validations of a run whose rhythm (`val_check_interval`) was not given.
 VALIDATIONS_PER_RUN = 10
 
@@ -42,16 +46,24 @@ class SAETrainer(Trainer):
     """Lightning's Trainer; `default_root_dir` is the RUN folder (None: nothing is written).
 
     What differs: one epoch is the whole run (passes over the data repeat inside it); figures are read out every
-    `log_every_n_steps`; checkpoints are written atomically to RUN/checkpoints/last.ckpt; Ctrl-C and SIGTERM finish the
-    step, save and stop; buffers are not broadcast under DDP, since every rank computes the same ones.
+    `log_every_n_steps`; checkpoints are written atomically to RUN/checkpoints/last.ckpt; Ctrl-C, SIGTERM and SIGUSR1
+    finish the step, save and stop; a rank that dies or hangs ends the run (see `watchdog`); buffers are not broadcast
+    under DDP, since every rank computes the same ones.
+
+    Args:
+        rank_timeout: seconds that a collective may take, or a run of several ranks stand still, before it ends with a
+            line that names the rank; one that is dead or stopped is found within a minute, or this time if it is less.
+        kwargs: Lightning's.
 
     Raises:
         ConfigError: `gradient_clip_val` (the optimizer clips: `model.max_grad_norm`), or another precision than
             32-true and bf16-mixed.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, rank_timeout: float = RANK_TIMEOUT, **kwargs: Any) -> None:
         quieten()
+        if rank_timeout <= 0:
+            raise ConfigError(f"trainer.rank_timeout = {rank_timeout}: expected a positive number of seconds")
         if kwargs.get("gradient_clip_val") is not None:
             raise ConfigError(
                 f"trainer.gradient_clip_val = {kwargs['gradient_clip_val']} would clip twice: the optimizer clips "
@@ -84,7 +96,8 @@ class SAETrainer(Trainer):
                 "constraint of decoder rows)"
             )
         if strategy == "ddp":
-            kwargs["strategy"] = DDPStrategy(gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
+            patience = timedelta(seconds=rank_timeout)
+            kwargs["strategy"] = DDPStrategy(gradient_as_bucket_view=True, timeout=patience, **_NO_BUFFER_SYNC)
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = False if run is None else CSVLogger(run, name="csv")
         callbacks = _as_list(kwargs.get("callbacks"))
@@ -93,6 +106,8 @@ class SAETrainer(Trainer):
         self.run_folder = None if run is None else RunFolder(run, checkpoints=checkpoints)
         if self.run_folder is not None:
             own.append(self.run_folder)
+        self.watchdog = Watchdog(run, rank_timeout)
+        own.append(self.watchdog)  # after RunFolder, whose last checkpoint is the ranks' last meeting
         # A bar needs a terminal; without one, lines. `enable_progress_bar: false` asks for neither.
         terminal = sys.stdout.isatty()
         if kwargs.get("enable_progress_bar") is not False:
@@ -103,6 +118,9 @@ class SAETrainer(Trainer):
         kwargs["callbacks"] = callbacks + own
         kwargs["plugins"] = [*_as_list(kwargs.get("plugins")), AtomicCheckpointIO()]
         super().__init__(**kwargs)
+        if strategy in (None, "auto") and isinstance(self.strategy, DDPStrategy):  # several devices
+            self.strategy._ddp_kwargs |= {"gradient_as_bucket_view": True, **_NO_BUFFER_SYNC}
+            self.strategy._timeout = timedelta(seconds=rank_timeout)
 
     def fit(self, model: SAEModule, datamodule: ActivationData, ckpt_path: str | None = None) -> None:  # type: ignore[override]
         """Trains to the end of the budget.
@@ -133,6 +151,9 @@ class SAETrainer(Trainer):
             ]
         try:
             super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        except Exception as error:
+            self.watchdog.explain(error)
+            raise
         finally:
             pool.release()
         if dist.is_initialized():
