@@ -108,8 +108,10 @@ class SAE(nn.Module):
                 raise ConfigError(
                     f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside W_dec {(d_sae, d_out)}"
                 )
-        if k is not None and not 1 <= k <= d_sae:
-            raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
+        shard = shards.current()
+        most = d_sae if shard is None else shard.d_sae  # a rank's part may have fewer latents than a row
+        if k is not None and not 1 <= k <= most:
+            raise ConfigError(f"k = {k} with d_sae = {most}: expected 1 <= k <= d_sae")
         if threshold is not None and bool((threshold < 0).any()):
             raise ConfigError(
                 "threshold is negative for some latents; expected at least 0 (fold a ReLU as threshold 0)"
@@ -192,17 +194,18 @@ class SAE(nn.Module):
         if self.rule == "plugin":
             raise ConfigError("an SAE that is encoded by a plugin cannot share out its latents; use one device")
         own = slice(shard.first, shard.last)
-        return SAE(
-            self.W_enc[own],
-            self.b_enc[own],
-            self.W_dec[own],
-            self.b_dec,
-            rule=self.rule,
-            threshold=None if self.threshold is None else self.threshold[own],
-            k=self.k,
-            W_skip=self.W_skip,
-            meta=self.meta,
-        )
+        with shards.latents_over(shard):
+            return SAE(
+                self.W_enc[own],
+                self.b_enc[own],
+                self.W_dec[own],
+                self.b_dec,
+                rule=self.rule,
+                threshold=None if self.threshold is None else self.threshold[own],
+                k=self.k,
+                W_skip=self.W_skip,
+                meta=self.meta,
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction, with the shape (..., d_out) and dtype of `x`."""

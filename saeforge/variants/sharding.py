@@ -46,5 +46,6 @@ def shard_(variant: Variant, shard: Shard) -> None:
             if buffer is not None and buffer.ndim and len(buffer) == variant.d_sae:
                 module._buffers[key] = buffer[own].clone()
                 names.add(prefix + key)
-    variant.shard, variant.latent_names = shard, frozenset(names)
+    variant.shard = shard if shard.group.size > 1 else None
+    variant.latent_names = frozenset(names)
     variant._forget_lists()
