@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saeforge.errors import CheckpointError, ConfigError
-from saeforge.ops import Above, SparseCode, TopK, decode
+from saeforge.ops import Above, Shard, SparseCode, TopK, decode, shards
 from saeforge.ops.engine import select_code
 
 FORMAT = "saeforge-sae"
@@ -108,8 +108,10 @@ class SAE(nn.Module):
                 raise ConfigError(
                     f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside W_dec {(d_sae, d_out)}"
                 )
-        if k is not None and not 1 <= k <= d_sae:
-            raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
+        shard = shards.current()
+        most = d_sae if shard is None else shard.d_sae  # a rank's part may have fewer latents than a row
+        if k is not None and not 1 <= k <= most:
+            raise ConfigError(f"k = {k} with d_sae = {most}: expected 1 <= k <= d_sae")
         if threshold is not None and bool((threshold < 0).any()):
             raise ConfigError(
                 "threshold is negative for some latents; expected at least 0 (fold a ReLU as threshold 0)"
@@ -176,12 +178,34 @@ class SAE(nn.Module):
         if isinstance(code, SparseCode):
             out = decode(code, self.W_dec, self.b_dec)
         else:
-            out = code @ self.W_dec + self.b_dec
+            out = shards.sum_over_latents(code @ self.W_dec) + self.b_dec
         if self.W_skip is not None:
             if x is None:
                 raise ConfigError("this SAE has a skip connection: pass decode(code, x) the input too")
             out = out + x.reshape(*out.shape[:-1], self.d_in).to(out.dtype) @ self.W_skip.T
         return out
+
+    def part(self, shard: Shard) -> SAE:
+        """The latents of one rank of several that hold the dictionary together; works inside `ops.latents_over(shard)`.
+
+        Raises:
+            ConfigError: rule plugin, whose encoder cannot be cut here.
+        """
+        if self.rule == "plugin":
+            raise ConfigError("an SAE that is encoded by a plugin cannot share out its latents; use one device")
+        own = slice(shard.first, shard.last)
+        with shards.latents_over(shard):
+            return SAE(
+                self.W_enc[own],
+                self.b_enc[own],
+                self.W_dec[own],
+                self.b_dec,
+                rule=self.rule,
+                threshold=None if self.threshold is None else self.threshold[own],
+                k=self.k,
+                W_skip=self.W_skip,
+                meta=self.meta,
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction, with the shape (..., d_out) and dtype of `x`."""

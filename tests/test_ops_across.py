@@ -2,66 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from saeforge.ops import BatchTopK, Group, SparseCode, encode
 from saeforge.ops.across import largest
-
-
-class Threads:
-    """Ranks of a group as threads of this process."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.places = size, [torch.empty(0)] * size
-        self.barrier = threading.Barrier(size, timeout=30)
-
-    def share(self, rank: int, tensor: Tensor) -> Tensor:
-        self.places[rank] = tensor
-        self.barrier.wait()
-        together = torch.stack(self.places)
-        self.barrier.wait()
-        return together
-
-    def run(self, work: Callable[[Group], object]) -> list[object]:
-        """What `work` returns on each rank."""
-        found: list[object] = [None] * self.size
-
-        def one(rank: int) -> None:
-            try:
-                found[rank] = work(ThreadGroup(self, rank))
-            except BaseException as error:
-                found[rank] = error
-                self.barrier.abort()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for result in found:
-            if isinstance(result, BaseException) and not isinstance(result, threading.BrokenBarrierError):
-                raise result
-        return found
-
-
-class ThreadGroup(Group):
-    def __init__(self, threads: Threads, rank: int) -> None:
-        super().__init__(threads.size, rank)
-        self._threads = threads
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return self._threads.share(self.rank, tensor.detach()).sum(0)
-
-    def minimum(self, tensor: Tensor) -> Tensor:
-        return self._threads.share(self.rank, tensor.detach()).amin(0)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return self._threads.share(self.rank, tensor.detach())
+from tests.ranks import Threads
 
 
 def selected(code: SparseCode) -> Tensor:
@@ -91,7 +38,7 @@ def test_batch_top_k_over_ranks_is_that_of_one_device(ranks: int, kind: str, dty
             return selected(encode(pre.chunk(ranks)[group.rank], weight, None, select))
 
         parts = Threads(ranks).run(one)
-        together = torch.cat([part for part in parts if isinstance(part, Tensor)])
+        together = torch.cat(parts)
         assert torch.equal(together, whole), k
 
 

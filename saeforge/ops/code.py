@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from saeforge.ops import native
+from saeforge.ops import native, shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +22,9 @@ class SparseCode:
         values: (>= nnz,) floating point.
         indices: (>= nnz,) int64, latents in 0..d_sae-1, ascending inside a row.
         offsets: (B + 1,) int64, on the same device.
-        d_sae: number of latents.
+        d_sae: number of latents; of this rank's, where they are shared out (`ops.shards`).
         k: entries in every row if that number is constant, else None. With k, no host needs to read `offsets`.
+        first: which latent of the whole dictionary index 0 is.
     """
 
     values: Tensor
@@ -32,6 +33,7 @@ class SparseCode:
     d_sae: int
     k: int | None = None
     _cache: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    first: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -93,13 +95,16 @@ class SparseCode:
         prefixes of a Matryoshka SAE are cumulative sums over groups. Order by latent is that of the uncut code.
 
         Args:
-            bounds: (n_groups,) int64 on the device, ascending: the end of each group; the last one is d_sae.
+            bounds: (n_groups,) int64 on the device, ascending: the end of each group in the whole dictionary; the
+                last one is the number of all latents.
 
         Returns:
             A code of n_rows * n_groups rows with the same entries.
         """
         indices, groups = self.indices[: self.nnz], len(bounds)
-        row = self.rows() * groups + torch.searchsorted(bounds, indices, right=True)
+        row = self.rows() * groups + torch.searchsorted(
+            bounds, indices + self.first if self.first else indices, right=True
+        )
         counts = torch.zeros(self.n_rows * groups, dtype=torch.int64, device=row.device)
         counts.index_add_(0, row, torch.ones_like(row))
         offsets = torch.zeros(len(counts) + 1, dtype=torch.int64, device=row.device)
@@ -110,7 +115,7 @@ class SparseCode:
             cache["nnz"] = (torch.tensor(self.nnz),)
         elif "nnz" in self._cache:
             cache["nnz"] = self._cache["nnz"]
-        return SparseCode(self.values[: self.nnz], indices, offsets, self.d_sae, None, cache)
+        return SparseCode(self.values[: self.nnz], indices, offsets, self.d_sae, None, cache, self.first)
 
     def largest(self, k: int) -> tuple[SparseCode, SparseCode]:
         """The k largest entries of each row, and the row cut into these and the others; for codes of constant k.
@@ -123,6 +128,9 @@ class SparseCode:
             decoded, it gives both shares of a reconstruction, and a weight one gradient. Both are differentiable in
             `values`.
         """
+        shard = shards.current()
+        if shard is not None:
+            return self._largest_over(shard, k)
         assert self.k is not None
         assert k < self.k
         table = (self.n_rows, self.k)
@@ -138,6 +146,29 @@ class SparseCode:
         cut = SparseCode(values.flatten(), indices.flatten(), offsets, self.d_sae, None, cache)
         few = k * torch.arange(self.n_rows + 1, device=rank.device)
         return SparseCode(values[:, :k].flatten(), indices[:, :k].flatten(), few, self.d_sae, k), cut
+
+    def _largest_over(self, shard: shards.Shard, k: int) -> tuple[SparseCode, SparseCode]:
+        """`largest` of the rows that the ranks of a latent group hold together; reads two numbers from the device."""
+        rows, here = self.rows(), min(k, self.d_sae)
+        place = torch.arange(self.nnz, device=rows.device) - self.offsets[rows]
+        width = max(here, int(self.offsets.diff().max()))
+        values, indices = self.values[: self.nnz], self.indices[: self.nnz]
+        table = values.new_full((self.n_rows, width), -torch.inf)
+        table[rows, place] = values.detach()
+        best = _largest_places(table, here).sort(dim=1).values
+        chosen = shard.own_of_largest(table.gather(1, best), k, _largest_places)
+        among = torch.zeros_like(table, dtype=torch.bool).scatter_(1, best, chosen)[rows, place]
+        half = 2 * rows + (~among).to(rows.dtype)
+        order = half.argsort(stable=True)
+        offsets = _offsets(half, 2 * self.n_rows)
+        cut = SparseCode(values[order], indices[order], offsets, self.d_sae, None, first=self.first)
+        return self.only(among), cut
+
+    def only(self, among: Tensor) -> SparseCode:
+        """The entries that (nnz,) bool says, differentiable in `values`."""
+        chosen = among.nonzero(as_tuple=True)[0]
+        offsets = _offsets(self.rows()[chosen], self.n_rows)
+        return SparseCode(self.values[chosen], self.indices[chosen], offsets, self.d_sae, first=self.first)
 
     def active_counts(self) -> Tensor:
         """(d_sae,) int64: in how many rows each latent is active (value != 0)."""
@@ -168,3 +199,16 @@ class SparseCode:
         offsets = torch.zeros(dense.shape[0] + 1, dtype=torch.int64, device=dense.device)
         torch.cumsum(torch.bincount(rows, minlength=dense.shape[0]), 0, out=offsets[1:])
         return SparseCode(dense[rows, indices], indices, offsets, dense.shape[1])
+
+
+def _largest_places(table: Tensor, k: int) -> Tensor:
+    """(B, k): where the k largest of each row of (B, n) are, ties to the lowest place."""
+    return table.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def _offsets(rows: Tensor, n_rows: int) -> Tensor:
+    """(n_rows + 1,): where each row begins, from the row of each entry."""
+    offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=rows.device)
+    counts = torch.zeros(n_rows, dtype=torch.int64, device=rows.device).index_add_(0, rows, torch.ones_like(rows))
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeforge.ops import marks, native, screen, shadow
+from saeforge.ops import marks, native, screen, shadow, shards
 from saeforge.ops.code import SparseCode
 from saeforge.ops.dispatch import choose
 from saeforge.ops.native import pool
@@ -74,9 +74,9 @@ def encode_beside(
     Returns:
         The code; (B, n) pre-activations, differentiable like its values.
     """
-    cache: dict[str, tuple[Tensor, ...]] = {}
-    values, indices, offsets, pre = _Encode.apply(x, weight, bias, shift, select, latents, dtype, cache)
-    return SparseCode(values, indices, offsets, weight.shape[0], select.k, cache), pre
+    found: list[SparseCode] = []
+    values, pre = _Encode.apply(x, weight, bias, shift, select, latents, dtype, found)
+    return found[0].with_values(values), pre
 
 
 def decode(
@@ -142,15 +142,17 @@ def select_code(
     x: Tensor, weight: Tensor, bias: Tensor | None, select: Selection, dtype: torch.dtype | None
 ) -> SparseCode:
     """The forward of `encode` without a graph: product and selection in chunks of rows."""
-    dtype = dtype or x.dtype
+    dtype, shard = dtype or x.dtype, shards.current()
+    k = None if select.k is None else min(select.k, len(weight))
+    first = 0 if shard is None else shard.first
     code = None
     while code is None:
         parts = _parts(x, weight, bias, select, dtype)
         counts, values = torch.cat([part[2] for part in parts]), torch.cat([part[0] for part in parts])
         offsets = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
         torch.cumsum(counts, 0, out=offsets[1:])
-        indices, k = torch.cat([part[1] for part in parts]), select.k
-        code = select.finish(SparseCode(values.to(x.dtype), indices, offsets, weight.shape[0], k))
+        indices = torch.cat([part[1] for part in parts])
+        code = select.finish(SparseCode(values.to(x.dtype), indices, offsets, len(weight), k, first=first))
     return code
 
 
@@ -197,26 +199,25 @@ class _Encode(torch.autograd.Function):
         select: Selection,
         latents: Tensor | None,
         dtype: torch.dtype | None,
-        cache: dict[str, tuple[Tensor, ...]],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found: list[SparseCode],
+    ) -> tuple[Tensor, Tensor]:
         shifted = x if shift is None else x - shift
         code = select_code(shifted, weight, bias, select, dtype).trimmed()
         ctx.save_for_backward(shifted, weight)
         # Detached: the output would hold the graph and the graph the output, a cycle that keeps every step's buffers
-        # alive until Python's collector happens to run. The cache is the caller's, so that one sort serves all.
-        cache.update(code._cache)
-        ctx.code = SparseCode(code.values.detach(), code.indices, code.offsets, code.d_sae, code.k, cache)
-        ctx.latents, ctx.dtype = latents, dtype or x.dtype
-        ctx.mark_non_differentiable(code.indices, code.offsets)
+        # alive until Python's collector happens to run. The caller's code shares the cache: one sort serves all.
+        ctx.code = code.with_values(code.values.detach())
+        found.append(ctx.code)
+        ctx.latents, ctx.dtype, ctx.shard = latents, dtype or x.dtype, shards.current()
         if latents is None:
-            return code.values, code.indices, code.offsets, x.new_empty(len(x), 0)
+            return code.values, x.new_empty(len(x), 0)
         rows = weight[latents].to(ctx.dtype)
         few = None if bias is None else bias[latents].to(ctx.dtype)
-        return code.values, code.indices, code.offsets, F.linear(shifted.to(ctx.dtype), rows, few).to(x.dtype)
+        return code.values, F.linear(shifted.to(ctx.dtype), rows, few).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, grad_pre = grads[0].contiguous(), grads[3]
+        grad, grad_pre = grads[0].contiguous(), grads[1]
         shifted, weight = ctx.saved_tensors
         code: SparseCode = ctx.code
         need_x, need_weight, need_bias, need_shift = ctx.needs_input_grad[:4]
@@ -236,6 +237,9 @@ class _Encode(torch.autograd.Function):
             grad_x = choose(code, weight.dtype, grad, weight).gather_sum(code, grad, weight)
             if ctx.latents is not None:
                 grad_x = grad_x + _product(grad_pre, weight[ctx.latents], ctx.dtype)
+        if ctx.shard is not None:  # the other ranks' latents read the same rows
+            grad_shift = None if grad_shift is None else ctx.shard.group.sum(grad_shift)
+            grad_x = None if grad_x is None else ctx.shard.group.sum(grad_x)
         return grad_x, grad_weight, grad_bias if need_bias else None, grad_shift, None, None, None, None
 
 
@@ -258,9 +262,13 @@ class _Decode(torch.autograd.Function):
         ctx.save_for_backward(values, table, weight, others)
         ctx.code, ctx.latents, ctx.dtype, ctx.frozen = code, latents, dtype or weight.dtype, frozen
         out: Tensor = ops.gather_sum(code, values, table)
-        if latents is None or others is None:
-            return out, out.new_empty(0)
-        return out, _product(others, weight[latents], ctx.dtype)
+        other = out.new_empty(0) if latents is None or others is None else _product(others, weight[latents], ctx.dtype)
+        shard = shards.current()
+        if shard is not None:  # of backward nothing: the gradient of the sum is the same on all ranks
+            wire = torch.bfloat16 if ctx.dtype == torch.bfloat16 else None
+            out = shards.summed(out, shard.group, wire)
+            other = shards.summed(other, shard.group, wire) if other.ndim > 1 else other
+        return out, other
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

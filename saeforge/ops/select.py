@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import across, gpu, native, screen, stock
+from saeforge.ops import across, gpu, native, screen, shards, stock
 from saeforge.ops.code import SparseCode
 from saeforge.ops.group import Group
 
@@ -50,7 +50,10 @@ class Selection(ABC):
         return None
 
     def finish(self, code: SparseCode) -> SparseCode | None:
-        """A last choice over the whole batch (batch top-k); the default keeps every candidate.
+        """A last choice over the whole batch (batch top-k) or all latents; the default keeps every candidate.
+
+        Where latents are shared out over ranks (`ops.shards`), `rows` sees those of one rank, and whatever compares
+        latents must do so here. Thresholds compare none.
 
         Args:
             code: what was selected inside the chunks.
@@ -71,15 +74,29 @@ class TopK(Selection):
 
     def rows(self, pre: Tensor) -> Selected:
         """See `Selection.rows`; every row has exactly k entries."""
-        return self._flat(*top_k(pre, self.k))
+        return self._flat(*top_k(pre, self._here(pre.shape[1])))
 
     def screened(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Selected | None:
         """See `Selection.screened`."""
-        _check_k(self.k, len(weight))
-        return self._flat(*screen.top_k(x, weight, bias, self.k))
+        return self._flat(*screen.top_k(x, weight, bias, self._here(len(weight))))
+
+    def finish(self, code: SparseCode) -> SparseCode | None:
+        """See `Selection.finish`: the k largest over all ranks that share out the latents; rows are ragged then."""
+        shard = shards.current()
+        if shard is None:
+            return code
+        table = code.values[: code.nnz].view(code.n_rows, -1)
+        among = shard.own_of_largest(table, self.k, lambda pre, k: top_k(pre, k)[1])
+        return code.only(among.flatten())
+
+    def _here(self, n: int) -> int:
+        """How many of n latents are candidates."""
+        shard = shards.current()
+        _check_k(self.k, n if shard is None else shard.d_sae)
+        return min(self.k, n)
 
     def _flat(self, values: Tensor, indices: Tensor) -> Selected:
-        counts = torch.full((len(values),), self.k, dtype=torch.int64, device=values.device)
+        counts = torch.full((len(values),), values.shape[1], dtype=torch.int64, device=values.device)
         return values.flatten(), indices.flatten(), counts
 
 
@@ -144,13 +161,15 @@ class BatchTopK(Selection):
         Raises:
             ConfigError: more entries than there are.
         """
-        offers = min(self._offers, code.d_sae)
+        shard, offers = shards.current(), min(self._offers, code.d_sae)
+        d_sae = code.d_sae if shard is None else shard.d_sae
+        group = self.group if shard is None else shard.group.times(self.group)
         total = round(self.mean * code.n_rows)
-        if total > code.n_rows * code.d_sae:
-            raise ConfigError(f"k = {self.mean} is larger than the {code.d_sae} latents to choose from; lower k")
-        if self.group.size > 1:
-            values, indices = code.values[: code.nnz], code.indices[: code.nnz]
-            taken = across.largest(values, indices, code.d_sae, total * self.group.size, self.group)
+        if total > code.n_rows * d_sae:
+            raise ConfigError(f"k = {self.mean} is larger than the {d_sae} latents to choose from; lower k")
+        if group.size > 1:
+            values, indices = code.values[: code.nnz], code.indices[: code.nnz] + code.first
+            taken = across.largest(values, indices, d_sae, total * self.group.size, group)
         else:
             order, _, _ = code.by_latent()
             _, best = top_k(code.values[order][None], total) if total else (None, order.new_empty(1, 0))
@@ -158,13 +177,13 @@ class BatchTopK(Selection):
             taken[order[best[0]]] = True
         counts = taken.view(code.n_rows, offers).sum(1)
         full = offers < code.d_sae and bool((counts == offers).any())
-        if self.group.agree(full, counts.device):
+        if group.agree(full, counts.device):
             self._offers *= 2
             return None
         offsets = torch.zeros(code.n_rows + 1, dtype=torch.int64, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
         chosen = taken.nonzero(as_tuple=True)[0]
-        return SparseCode(code.values[chosen], code.indices[chosen], offsets, code.d_sae)
+        return SparseCode(code.values[chosen], code.indices[chosen], offsets, code.d_sae, first=code.first)
 
 
 def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeforge.ops import native, shadow
+from saeforge.ops import Group, native, shadow
 from saeforge.optim.job import Job
 
 
@@ -17,18 +17,23 @@ def takes(job: Job) -> bool:
     return native.takes(job.parameter, job.grad) and job.plain
 
 
-def step(jobs: list[Job], states: MutableMapping[Tensor, Any], max_grad_norm: float | None) -> None:
+def step(jobs: list[Job], states: MutableMapping[Tensor, Any], max_grad_norm: float | None, latents: Group) -> None:
     """One step of all parameters; see `RowAdam`."""
-    total, dots = 0.0, []
+    total, of_shard, dots = 0.0, 0.0, []
     for job in jobs:
         if max_grad_norm is not None or job.constrained:
             squares, along = native.row_norms(job.rows(job.grad), job.rows(job.parameter), job.constrained)
-            total += float(squares.sum())
+            if job.shared_out:
+                of_shard += float(squares.sum())
+            else:
+                total += float(squares.sum())
             dots.append(along)
         else:
             dots.append(None)
     clip = 1.0
     if max_grad_norm is not None:
+        if latents.size > 1:
+            total += float(latents.sum(torch.tensor(of_shard, dtype=torch.float64)))
         # As torch.nn.utils.clip_grad_norm_; a norm that is NaN must not become a clip of 1.
         clip = max_grad_norm / (total**0.5 + 1e-6)
         clip = 1.0 if clip > 1 else clip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeforge.ops import gpu, shadow
+from saeforge.ops import Group, gpu, shadow
 from saeforge.optim.job import Job
 
 
@@ -21,7 +21,7 @@ def takes(jobs: list[Job]) -> bool:
     return all(job.rows(job.parameter).shape[1] <= longest for job in jobs if job.constrained)
 
 
-def step(jobs: list[Job], states: MutableMapping[Tensor, Any], max_grad_norm: float | None) -> None:
+def step(jobs: list[Job], states: MutableMapping[Tensor, Any], max_grad_norm: float | None, latents: Group) -> None:
     """One step of all parameters; see `RowAdam`."""
     kernels = gpu.kernels()
     # One buffer, so that one sum over it gives the global norm.
@@ -34,6 +34,13 @@ def step(jobs: list[Job], states: MutableMapping[Tensor, Any], max_grad_norm: fl
         for job, part in zip(jobs, squares.split(counts), strict=True)
     ]
     total = None if max_grad_norm is None else squares.sum(dtype=torch.float64)
+    if total is not None and latents.size > 1:
+        parts = list(zip(jobs, squares.split(counts), strict=True))
+        own, others = (
+            torch.cat([squares.new_zeros(1), *(part for job, part in parts if job.shared_out is shared)])
+            for shared in (True, False)
+        )
+        total = latents.sum(own.sum(dtype=torch.float64)) + others.sum(dtype=torch.float64)
     for job, along in zip(jobs, dots, strict=True):
         parameter, group, state = job.parameter, job.group, states[job.parameter]
         if not state:

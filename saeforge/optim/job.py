@@ -14,6 +14,7 @@ class Job(NamedTuple):
     parameter: Tensor
     grad: Tensor
     group: dict[str, Any]
+    shared_out: bool = False  # whether other ranks hold the other rows of it
 
     @property
     def constrained(self) -> bool:

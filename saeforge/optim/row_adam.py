@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
+from saeforge.ops import Group
 from saeforge.optim import by_native, by_triton
 from saeforge.optim.job import Job
 
@@ -54,6 +55,15 @@ class RowAdam(torch.optim.Adam):
             raise ConfigError(f"max_grad_norm = {max_grad_norm}: expected a positive number, or null for no clipping")
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
         self.max_grad_norm = max_grad_norm
+        self._latents, self._shared_out = Group(), frozenset[int]()
+
+    def share_out(self, parameters: Iterable[Tensor], latents: Group) -> None:
+        """The rows of these parameters are one rank's of a latent group; the norm that clips is that of all its rows.
+
+        All other parameters, and their gradients, are the same on every rank of the group, and count once. The ranks
+        add equal numbers, so they clip alike.
+        """
+        self._latents, self._shared_out = latents, frozenset(map(id, parameters))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; `constraint` is None if not given.
@@ -77,15 +87,15 @@ class RowAdam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         jobs = [
-            Job(parameter, parameter.grad, group)
+            Job(parameter, parameter.grad, group, id(parameter) in self._shared_out)
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
         if jobs and all(map(by_native.takes, jobs)):
-            by_native.step(jobs, self.state, self.max_grad_norm)
+            by_native.step(jobs, self.state, self.max_grad_norm, self._latents)
         elif jobs and by_triton.takes(jobs):
-            by_triton.step(jobs, self.state, self.max_grad_norm)
+            by_triton.step(jobs, self.state, self.max_grad_norm, self._latents)
         else:
             self._separate_steps(jobs)
         return loss
@@ -95,8 +105,16 @@ class RowAdam(torch.optim.Adam):
         for job in jobs:
             if job.constrained:
                 project_rows_(job.grad, job.parameter)
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_([job.parameter for job in jobs], self.max_grad_norm, foreach=True)
+        parameters = [job.parameter for job in jobs]
+        if self.max_grad_norm is not None and self._latents.size > 1:
+            own, others = (
+                torch.nn.utils.get_total_norm([job.grad for job in jobs if job.shared_out is shared]).double()
+                for shared in (True, False)
+            )
+            total = (self._latents.sum(own.square()) + others.square()).sqrt().to(jobs[0].grad.dtype)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, total, foreach=True)
+        elif self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True)
         _adam_step(self)
         for job in jobs:
             if job.constrained:

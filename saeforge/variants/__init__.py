@@ -19,12 +19,14 @@ from saeforge.variants.contract import (
 )
 from saeforge.variants.gated import Gated
 from saeforge.variants.l1_relu import L1ReLU
+from saeforge.variants.sharding import shard_
 from saeforge.variants.start import (
     InputScale,
     check_pre_bias,
     geometric_median,
     least_squares_factor,
     mean_norm_of_others,
+    random_rows,
     random_unit_rows,
 )
 from saeforge.variants.topk import TopK
@@ -54,5 +56,7 @@ __all__ = [
     "least_squares_factor",
     "mean_norm_of_others",
     "ramp",
+    "random_rows",
     "random_unit_rows",
+    "shard_",
 ]

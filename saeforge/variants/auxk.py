@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saeforge.errors import ConfigError
@@ -40,16 +41,31 @@ class AuxK:
         return cls(coefficient, k or 2 ** max(0, round(math.log2(d_in / 2))))
 
     def latents(self, variant: Variant) -> Tensor | None:
-        """(n,) the dead latents, or None where there is nothing to do."""
-        listed = variant.dead_latents() if self.coefficient > 0 else None
-        return listed if listed is not None and len(listed) else None
+        """(n,) the dead latents, of this rank, or None where there is nothing to do on any."""
+        if self.coefficient == 0 or not sum(variant.dead_by_rank()):
+            return None
+        return variant.dead_latents()
 
-    def values(self, pre: Tensor) -> Tensor:
-        """(B, n): of each row of pre-activations (B, n) the k largest where they are, if positive; 0 elsewhere."""
-        if self.k >= pre.shape[1]:
+    def values(self, variant: Variant, pre: Tensor) -> Tensor:
+        """(B, n): of each row of pre-activations (B, n) the k largest where they are, if positive; 0 elsewhere.
+
+        Args:
+            variant: whose ranks may share out the latents; the k largest are those of all of them.
+            pre: of the dead latents of this rank.
+        """
+        listed = variant.dead_by_rank()
+        if self.k >= sum(listed):
             return pre.relu()
-        _, chosen = top_k(pre.detach(), self.k)
-        return torch.zeros_like(pre).scatter(1, chosen, pre.gather(1, chosen).relu())
+        if variant.shard is None:
+            _, chosen = top_k(pre.detach(), self.k)
+            return torch.zeros_like(pre).scatter(1, chosen, pre.gather(1, chosen).relu())
+        # A rank offers its own k largest. They are what a product in the compute type gave, so they may travel in it.
+        own = min(self.k, pre.shape[1])
+        values, offered = top_k(pre.detach(), own)
+        room = min(self.k, max(listed)) - own
+        table = F.pad(values.to(variant.run.compute_dtype), (0, room), value=-torch.inf)
+        among = variant.shard.own_of_largest(table, self.k, lambda rows, k: top_k(rows, k)[1])[:, :own]
+        return torch.zeros_like(pre).scatter(1, offered, torch.where(among, pre.gather(1, offered).relu(), 0.0))
 
     def term(self, variant: Variant, error: Tensor, rebuilt: Tensor, weight: Tensor | None) -> Tensor:
         """Squared error of the dead latents' reconstruction of `error` over its variance, times the coefficient.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saeforge.data.batch import Batch
 from saeforge.errors import ConfigError
-from saeforge.ops import SparseCode
+from saeforge.ops import Shard, SparseCode, shards
 from saeforge.optim.row_adam import unit_rows_
 from saeforge.sae import SAE
 from saeforge.variants.contract import DataStatistics, Recipe, RunSettings, ScheduleValues, StepOutput, Unfolded
@@ -56,6 +56,10 @@ class Variant(nn.Module, ABC):
     # The host's copies of the last two; None when they must be read from the device.
     _steps: int | None
     _dead: Tensor | None
+    _dead_by_rank: tuple[int, ...]
+    #: The latents that it holds, and the names of the parameters and buffers with one entry for each; see `shard_`.
+    shard: Shard | None = None
+    latent_names: frozenset[str] = frozenset()
     #: The constructor's arguments as given, defaults included: what a checkpoint is compared by.
     arguments: dict[str, Any]
 
@@ -144,6 +148,10 @@ class Variant(nn.Module, ABC):
     @final
     def scaled(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Input and target in scaled units, fp32 (or fp64 if the weights are)."""
+        if shards.current() != self.shard:
+            raise RuntimeError(
+                "a variant that shares out its latents works inside ops.latents_over(variant.shard) only"
+            )
         dtype = self.scale.dtype
         x = batch.x.to(dtype) * self.scale
         if batch.target is batch.x:
@@ -166,8 +174,24 @@ class Variant(nn.Module, ABC):
     def mean_entries(self, per_entry: Tensor, code: SparseCode, weight: Tensor | None) -> Tensor:
         """Mean over rows of the sum over a row's entries; like `mean_rows` of that sum. per_entry: (nnz,)."""
         if weight is None:
-            return per_entry.sum() / code.n_rows
-        return (per_entry * weight[code.rows()]).sum() / self.run.group.mean(weight.sum())
+            return self.sum_latents(per_entry.sum() / code.n_rows)
+        return self.sum_latents((per_entry * weight[code.rows()]).sum() / self.run.group.mean(weight.sum()))
+
+    @final
+    def sum_latents(self, own: Tensor) -> Tensor:
+        """What is computed from latents, of any shape, summed over the ranks that share them out; else itself.
+
+        `decode` and `mean_entries` do it by themselves. Any other sum over latents must, before it enters a loss.
+        """
+        return shards.sum_over_latents(own)
+
+    @final
+    def for_latents(self, tensor: Tensor) -> Tensor:
+        """A tensor without latents (a bias, a row) where latents' weights are multiplied with it outside `encode`.
+
+        Where latents are shared out, each rank's own then give it a part of its gradient.
+        """
+        return shards.for_latents(tensor)
 
     @final
     def output(self, terms: dict[str, Tensor], code: SparseCode, squared_error: Tensor) -> StepOutput:
@@ -219,7 +243,20 @@ class Variant(nn.Module, ABC):
         """
         if self._dead is None:
             self._dead = self.listed_as_dead.nonzero(as_tuple=True)[0]
+            self._dead_by_rank = (len(self._dead),)
+            if self.shard is not None:
+                counts = torch.tensor([len(self._dead)], device=self._dead.device)
+                self._dead_by_rank = tuple(self.shard.group.gather(counts).flatten().tolist())
         return self._dead
+
+    @final
+    def dead_by_rank(self) -> tuple[int, ...]:
+        """How many `dead_latents` each rank has that shares out the latents; one number where none do.
+
+        A step that does something with dead latents must do it on all these ranks, or on none.
+        """
+        self.dead_latents()
+        return self._dead_by_rank
 
     @final
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -268,7 +305,7 @@ class Variant(nn.Module, ABC):
         unit = self.target_scale
         if unit.ndim:  # the sources' own scalars go into the columns
             W_dec, b_dec, unit = W_dec / unit, b_dec / unit, unit.new_ones(())
-        norms = W_dec.norm(dim=1) if k is None else W_dec.new_ones(self.d_sae)
+        norms = W_dec.norm(dim=1) if k is None else W_dec.new_ones(len(W_dec))
         norms = torch.where(norms > 0, norms, 1.0)  # a latent without a direction stays as it is
         factor = norms / unit
         return SAE(
@@ -305,6 +342,8 @@ class Variant(nn.Module, ABC):
             if own != given:
                 advice = f"set variant.d_sae to {given}" if option == "d_sae" else "give an SAE of the same site"
                 raise ConfigError(f"init_from: the SAE has {option} = {given}, this run {own}; {advice}")
+        if self.shard is not None and len(sae.W_dec) == self.shard.d_sae:
+            sae = sae.part(self.shard)
         unit = self.target_scale.double()
         W_dec, b_dec = sae.W_dec.to(unit) * (unit if unit.ndim else 1.0), sae.b_dec.to(unit) * unit
         norms = W_dec.norm(dim=1)

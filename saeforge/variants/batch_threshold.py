@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from saeforge.ops import Group
+from saeforge.ops import Group, shards
 
 
 class BatchThreshold(nn.Module):
@@ -31,11 +31,13 @@ class BatchThreshold(nn.Module):
 
         Args:
             values: (nnz,) what the selection compared; those that are not positive were not active.
-            group: the ranks that share the batch.
+            group: the ranks that share the batch; those that share out latents are asked, too.
             total_steps: of the run.
         """
         values = values.detach()
         least = torch.where(values > 0, values, torch.inf).amin() if len(values) else self.value.new_tensor(torch.inf)
+        shard = shards.current()
+        group = group if shard is None else shard.group.times(group)
         least = group.minimum(least.to(self.value.dtype))
         moved = torch.lerp(self.value, least, 1 / min(1000, max(10, total_steps // 20)))
         moved = torch.where(self.value > 0, moved, least)

@@ -131,7 +131,7 @@ class TopK(Variant):
         if self.encoder_init == "tied":
             return one
         if self.encoder_init == "unit_probes":
-            probes = random_unit_rows(256, self.d_in, generator).to(self.W_enc)
+            probes = random_unit_rows(256, self.d_in, generator, latents=False).to(self.W_enc)
             norms: Tensor = self._reconstruct(probes).norm(dim=1)
             return norms.mean().reciprocal()
         every = max(1, len(x) // 4096)
@@ -161,7 +161,7 @@ class TopK(Variant):
         select = SelectTopK(k * (self.multi_k or 1))
         selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, select, dead, shift=shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
-        dead_values = None if dead is None else self.auxk.values(dead_pre)
+        dead_values = None if dead is None else self.auxk.values(self, dead_pre)
         terms = {}
         if self.multi_k is None:
             rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)

@@ -124,7 +124,7 @@ class BatchTopKSAE(Variant):
         selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         self.threshold.follow(code.values[: code.nnz], self.run.group, self.run.total_steps)
-        dead_values = None if dead is None else self.auxk.values(dead_pre)
+        dead_values = None if dead is None else self.auxk.values(self, dead_pre)
         rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)
         error = target - (rebuilt + self.b_dec)
         squared_error = error.square().sum(1)

@@ -188,7 +188,7 @@ class Crosscoder(Variant):
         code = selected.with_values(selected.values.relu())
         competing = code.values[: code.nnz] * select.weights[code.indices[: code.nnz]]
         self.threshold.follow(competing, self.run.group, self.run.total_steps)
-        dead_values = None if dead is None else self.auxk.values(dead_pre)
+        dead_values = None if dead is None else self.auxk.values(self, dead_pre)
         rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)
         error = target - (rebuilt + self.b_dec)
         terms = self._errors(error, batch.weight, 1 / self.variance)

@@ -25,6 +25,7 @@ from saeforge.variants import (
     check_pre_bias,
     mean_norm_of_others,
     ramp,
+    random_rows,
     random_unit_rows,
 )
 from saeforge_jumprelu.jump import REACH, Jump, Kernel
@@ -189,7 +190,7 @@ class JumpReLU(Variant):
     def _rows(self, d: int, generator: torch.Generator) -> Tensor:
         if self.paper.unit_norm:
             return random_unit_rows(self.d_sae, d, generator)
-        return (2 * torch.rand(self.d_sae, d, generator=generator) - 1) / math.sqrt(d)
+        return (2 * random_rows(self.d_sae, d, generator, torch.rand) - 1) / math.sqrt(d)
 
     def _set_rates_(self, x: Tensor) -> None:
         """Biases such that each latent fires on the same share of rows (n, d_in), as near as they allow."""
@@ -233,7 +234,7 @@ class JumpReLU(Variant):
         )
         code = near.with_values(jump.values())
         with_aux = dead is not None and self.auxk.coefficient > 0
-        dead_values = self.auxk.values(dead_pre) if with_aux else None
+        dead_values = self.auxk.values(self, dead_pre) if with_aux else None
         rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead if with_aux else None, dead_values, dtype=dtype)
         error = target - (rebuilt + self.b_dec)
         squared_error = error.square().sum(1)
@@ -242,7 +243,7 @@ class JumpReLU(Variant):
         terms["sparsity"] = schedule["sparsity"] * self._penalty(code, steps, batch.weight)
         if self.frequency_scale is not None:
             shares = self._shares(code, steps, batch.weight)
-            terms["frequency"] = schedule["sparsity"] * shares.square().sum() / self.frequency_scale
+            terms["frequency"] = schedule["sparsity"] * self.sum_latents(shares.square().sum()) / self.frequency_scale
         if self.loss == "tanh" and self.preact > 0:
             pulled = self._pull_dead(dead, dead_pre, theta, batch) if self.preact_over == "dead" else None
             terms["preact"] = self.preact * (self._pull_all(x, code, jump, theta, batch) if pulled is None else pulled)
@@ -254,8 +255,7 @@ class JumpReLU(Variant):
     def _beside(self) -> Tensor | None:
         """(n,) the dead latents whose pre-activations are wanted, or None."""
         if self.auxk.coefficient > 0 or (self.loss == "tanh" and self.preact > 0 and self.preact_over == "dead"):
-            listed = self.dead_latents()
-            return listed if len(listed) else None
+            return self.dead_latents() if sum(self.dead_by_rank()) else None
         return None
 
     def _penalty(self, code: SparseCode, steps: Tensor, weight: Tensor | None) -> Tensor:
@@ -268,7 +268,7 @@ class JumpReLU(Variant):
         if self.l0_over == "batch":
             l0 = self._over_ranks(self.mean_entries(steps, code, weight))
             return 2 / self.l0_target * (l0 - self.l0_target).square()
-        l0 = steps.new_zeros(code.n_rows).index_add(0, code.rows(), steps)
+        l0 = self.sum_latents(steps.new_zeros(code.n_rows).index_add(0, code.rows(), steps))
         return 2 / self.l0_target * self.mean_rows((l0 - self.l0_target).square(), weight)
 
     def _shares(self, code: SparseCode, steps: Tensor, weight: Tensor | None) -> Tensor:
@@ -277,7 +277,7 @@ class JumpReLU(Variant):
             parts = steps / code.n_rows
         else:
             parts = steps * weight[code.rows()] / self.run.group.mean(weight.sum())
-        return self._over_ranks(parts.new_zeros(self.d_sae).index_add(0, code.indices, parts))
+        return self._over_ranks(parts.new_zeros(len(self.W_dec)).index_add(0, code.indices, parts))
 
     def _over_ranks(self, own: Tensor) -> Tensor:
         """The mean over ranks, with the gradient of this rank's share: the ranks' gradients are averaged later."""
@@ -295,7 +295,7 @@ class JumpReLU(Variant):
         else:
             whole = self.run.group.mean(batch.weight.sum())
             mean, rows = batch.weight.to(shifted.dtype) @ shifted / whole, batch.weight.sum() / whole
-        everywhere = norms @ ((theta - self.b_enc) * rows - self.W_enc @ mean)
+        everywhere = self.sum_latents(norms @ ((theta - self.b_enc) * rows - self.W_enc @ self.for_latents(mean)))
         above = jump.active * (jump.z - pick(theta, code)) * pick(norms, code)
         return everywhere + self.mean_entries(above, code, batch.weight)
 
@@ -303,7 +303,7 @@ class JumpReLU(Variant):
         """The same of the dead latents (n,) alone, from their pre-activations (B, n)."""
         if dead is None:
             return pre.new_zeros(())
-        return self.mean_rows((theta[dead] - pre).relu() @ row_norms(self.W_dec)[dead], batch.weight)
+        return self.sum_latents(self.mean_rows((theta[dead] - pre).relu() @ row_norms(self.W_dec)[dead], batch.weight))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Decoder rows of norm 1, unless the loss is "tanh"; the rest free."""

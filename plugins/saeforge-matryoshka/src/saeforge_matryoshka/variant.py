@@ -149,7 +149,7 @@ class Matryoshka(Variant):
         code = selected.with_values(selected.values.relu())
         if self.selection == "batch_topk":
             self.threshold.follow(code.values[: code.nnz], self.run.group, self.run.total_steps)
-        dead_values = None if dead is None else self.auxk.values(dead_pre)
+        dead_values = None if dead is None else self.auxk.values(self, dead_pre)
         ends = self._prefixes()
         by_group, dead_rebuilt = decode_beside(code.split(ends), self.W_dec, dead, dead_values, dtype=dtype)
         rebuilt = by_group.view(len(x), len(ends), self.d_out).cumsum(1)
