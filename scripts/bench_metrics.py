@@ -2,7 +2,7 @@
 
     python scripts/bench_metrics.py [--threads 1] [--rounds 15] [--d_in 768 --d_sae 12288 --k 32 --batch 2048]
 
-A round is one step of `saeforge fit` (as in bench_step_worker.py, fp32) and one update with a batch of that size. Prints
+A round is one step of `saeforge fit` (as in bench_step_worker.py, fp32) and one update with such a batch. Prints
 medians, and the median of the rounds' ratios. Then seconds for `weight_figures` and, with --agreement, `match_rows`.
 """
 
