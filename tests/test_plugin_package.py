@@ -47,7 +47,7 @@ def test_an_installed_plugin_trains_by_name_and_its_sae_loads_without_it(site: P
     records = {record["name"]: record for record in json.loads(listed.stdout)["variants"]}
     assert records["log_relu"]["distribution"] == "saeforge-log-relu"
     assert records["log_relu"]["version"] == "0.1.0"
-    checked = run([*CLI, "variants", "--check"], site)
+    checked = run([*CLI, "variants", "--check", "log_relu"], site)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
     dataset, folder = toy_dataset(tmp_path / "acts"), tmp_path / "run"
