@@ -149,7 +149,10 @@ def test_wandb_gets_a_run_for_each_in_one_group(dataset: Path, tmp_path: Path) -
     logger = ["--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--trainer.logger.offline=true"]
     sweep = "--model.sweep={top: , gated: {variant: gated, l1: 0.02}}"
     assert main(arguments(dataset, tmp_path / "run", SITE, sweep, "--data.tokens=5120", *logger)) == 0
-    runs = {record.display_name: (record, history, config) for record, history, config in each_run(tmp_path / "run")}
+    runs = {
+        record.display_name: (record, history, config)
+        for record, history, config in each_run(tmp_path / "run", finished=True)
+    }
     assert runs.keys() == {"run-top", "run-gated"}
     for record, history, config in runs.values():
         assert record.run_group == "run"
