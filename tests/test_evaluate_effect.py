@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 import saeforge
 from saeforge.cli.main import main
 from saeforge.data.manifest import Manifest
+from saeforge.data.shards import ActivationDataset
 from saeforge.data.source import ShardSource
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 from saeforge.evaluation.effect import Effect, EffectMetrics, measure_effect
@@ -376,6 +377,11 @@ def test_the_command_writes_and_prints_the_effect(
     assert "documents only" in printed
     assert effect["settings"]["effect_tokens"] == 500
     assert 500 <= effect["overall"]["tokens"] < 600
+    dataset = ActivationDataset.open(home / "acts-gpt2", site="h.1:out")
+    blocks = range(dataset.n_blocks("validation"))
+    documents = {int(row[0]) for block in blocks for row in dataset.read_rows("validation", block)}
+    assert written["firing"]["documents"] == len(documents) > 3
+    assert written["firing"]["dead_bound"] == 3 / len(documents)
     named = {name.strip() for key in effect["conventions"] for name in key.split(",")}
     assert {*NUMBERS, "tokens", "by_label", "intervals"} <= named
     assert main(["evaluate", str(run), "--device", "cpu", "--effect", "false", "--json"]) == 0

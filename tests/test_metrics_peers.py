@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from saeforge.evaluation.effect import summarise
+from saeforge.evaluation.passes import compare
 from saeforge.metrics import Reconstruction, ReconstructionMetrics
 from saeforge.ops import SparseCode
 
@@ -122,3 +125,27 @@ def test_scaled_inputs_beside_unscaled_outputs_would_be_seen() -> None:
         assert getattr(scaled, name) == pytest.approx(getattr(raw, name), rel=1e-12), name
     assert scaled.mse == pytest.approx(16 * raw.mse)
     assert measure(4 * x, x_hat).l2_ratio < 0.3
+
+
+def test_a_probability_that_underflows_spoils_the_logarithm_of_a_softmax() -> None:
+    """SAEBench and SAELens: 0 * (-inf - -inf) is NaN, for the whole token. Log-softmax stays finite."""
+    original, spliced = torch.tensor([[0.0, 1.0, -200.0]]), torch.tensor([[0.5, 1.0, -300.0]])
+    p, q = original.softmax(1), spliced.softmax(1)
+    assert (p * (p.log() - q.log())).sum(1).isnan().all()
+    exact = (p.double() * (original.double().log_softmax(1) - spliced.double().log_softmax(1))).sum()
+    assert float(compare(original, spliced, torch.tensor([0]))[0, 2]) == pytest.approx(float(exact), rel=1e-5)
+
+
+def test_the_ce_score_is_at_most_one_and_no_mean_of_ratios() -> None:
+    """llamascopium's downstream_loss_ratio is the inverse, above 1 for a worse SAE, and a mean over batches."""
+    # Per document: tokens, then sums over them: loss of the original; loss, KL and agreement of SAE, zero and mean.
+    documents = {0: [10, 20, 25, 1, 9, 100, 1, 0, 100, 1, 0], 1: [90, 180, 360, 1, 50, 540, 1, 0, 540, 1, 0]}
+    sums = {number: np.array(row, dtype=np.float64) for number, row in documents.items()}
+    found = summarise(sums, dict.fromkeys(sums), {}, seed=0).overall
+    assert found.ce_score_zero is not None
+    assert found.ce_score_zero == pytest.approx((640 - 385) / (640 - 200))
+    assert found.delta_ce == pytest.approx((385 - 200) / 100)
+    theirs = np.mean([(zero - original) / (zero - sae) for _, original, sae, _, _, zero, *_ in documents.values()])
+    assert theirs > 1.5
+    of_ratios = np.mean([(zero - sae) / (zero - original) for _, original, sae, _, _, zero, *_ in documents.values()])
+    assert abs(of_ratios - found.ce_score_zero) > 0.1

@@ -117,14 +117,14 @@ def run(argv: Sequence[str]) -> int:
         return 0
     console = Console(width=None if sys.stdout.isatty() else 110)
     about = f"{options.run}: {result.about['sae']['d_sae']:,} latents at {result.about['site']}"
-    for title, value, rows in (
-        (about, "value", summary_rows(result)),
-        ("the same reconstruction by other tools' definitions", "value", elsewhere_rows(result)),
-        ("latents as directions", "median", weight_rows(result)),
+    for title, rows in (
+        (about, summary_rows(result)),
+        ("the same reconstruction by other tools' definitions", elsewhere_rows(result)),
+        ("latents as directions", weight_rows(result)),
     ):
         table = Table(title=title)
-        for name in ("metric", value, "remark"):
-            table.add_column(name, justify="right" if name == value else "left")
+        for name in ("metric", "value", "remark"):
+            table.add_column(name, justify="right" if name == "value" else "left")
         for row in rows:
             table.add_row(*row)
         console.print(table)

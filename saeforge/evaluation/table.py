@@ -51,7 +51,7 @@ def _activation_rows(result: Evaluation) -> list[tuple[str, str, str]]:
         ("tokens", f"{m.tokens:,}", where.replace("of ", f"of {of}", 1)),
         ("L0", f"{m.l0_mean:.2f}", f"p5 {m.l0_p5}, p50 {m.l0_p50}, p95 {m.l0_p95}"),
         ("L1", f"{m.l1:.4g}", "of values times the norm of their decoder row"),
-        ("FVU", f"{m.fvu:.4f}", "share of variance not explained; 0 is perfect, 1 predicts the mean of all tokens"),
+        ("FVU", f"{m.fvu:.4f}", "of the variance, not explained; 0 is perfect, 1 predicts the mean of all"),
         ("MSE", f"{m.mse:.4g}", f"summed over dimensions; {m.mse_per_dim:.4g} a dimension"),
         ("cosine", f"{m.cosine:.4f}", "mean over tokens; high where activations have a large mean"),
         ("l2 ratio", f"{m.l2_ratio:.4f}", "mean over tokens of |x̂| / |x|"),
@@ -73,7 +73,7 @@ def elsewhere_rows(result: Evaluation) -> list[tuple[str, str, str]]:
 
 
 def weight_rows(result: Evaluation) -> list[tuple[str, str, str]]:
-    """The geometry of the weights, and the agreement with another SAE: name, median, remark."""
+    """The geometry of the weights, and the agreement with another SAE: name, value, remark."""
     w, rows = result.weights, []
     few = "" if w.sampled == w.latents else f" ({w.sampled:,} of {w.latents:,} latents, drawn at random)"
     twins = "" if w.decoder_twins is None else f"; {_percent(w.decoder_twins)} of latents have one of 0.9{few}"
@@ -163,5 +163,4 @@ def _percent(share: float) -> str:
 
 
 def _spread(spread: Spread, remark: str) -> str:
-    """`mean ..., p5 to p95 ...; remark`."""
-    return f"mean {spread.mean:.4g}, p5 {spread.p5:.4g}, p95 {spread.p95:.4g}{f'; {remark}' if remark else ''}"
+    return f"median; mean {spread.mean:.4g}, p5 {spread.p5:.4g}, p95 {spread.p95:.4g}{f'; {remark}' if remark else ''}"

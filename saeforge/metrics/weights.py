@@ -54,14 +54,16 @@ def weight_figures(
     encoder = None if d_sae < 2 or W_enc is None else nearest(W_enc, W_enc, chosen, others=True)
     cosines = None
     if W_enc is not None and W_enc.shape == W_dec.shape:
-        cosines = (unit_rows(W_enc.double()) * unit_rows(W_dec.double())).sum(1)
+        step = piece_rows(W_dec.shape[1])
+        pieces = zip(W_enc.split(step), W_dec.split(step), strict=True)
+        cosines = torch.cat([(unit_rows(a.double()) * unit_rows(b.double())).sum(1) for a, b in pieces])
     return WeightFigures(
         latents=d_sae,
         sampled=len(chosen),
-        decoder_norm=Spread.of(W_dec.double().norm(dim=1)),
+        decoder_norm=Spread.of(_norms(W_dec)),
         decoder_nearest=None if decoder is None else Spread.of(decoder),
         decoder_twins=None if decoder is None else float((decoder >= TWIN).double().mean()),
-        encoder_norm=None if W_enc is None else Spread.of(W_enc.double().norm(dim=1)),
+        encoder_norm=None if W_enc is None else Spread.of(_norms(W_enc)),
         encoder_bias=None if b_enc is None else Spread.of(b_enc),
         encoder_nearest=None if encoder is None else Spread.of(encoder),
         encoder_decoder=None if cosines is None else Spread.of(cosines),
@@ -86,14 +88,22 @@ def nearest(a: Tensor, b: Tensor, chosen: Tensor, *, others: bool = False) -> Te
     Returns:
         (chosen,) fp32 on the device of `a`.
     """
-    rows, against = unit_rows(a.detach().float()[chosen.to(a.device)]), unit_rows(b.detach().float())
+    chosen = chosen.to(a.device)
+    rows, against, norms = unit_rows(a.detach()[chosen].float()), b.detach().float(), _norms(b)
+    # Cosines are divided, so that a large matrix has no second copy with unit rows.
+    inverse = torch.where(norms > 0, 1 / norms, 0.0).float()
     found = []
-    for part, own in zip(*(t.split(piece_rows(len(b))) for t in (rows, chosen.to(a.device))), strict=True):
-        cosines = part @ against.T
+    for part, own in zip(*(t.split(piece_rows(len(b))) for t in (rows, chosen)), strict=True):
+        cosines = (part @ against.T).mul_(inverse)
         if others:
             cosines.scatter_(1, own[:, None], -2.0)
         found.append(cosines.amax(1))
     return torch.cat(found).clamp(-1, 1)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """(n,) float64, a piece of rows at a time."""
+    return torch.cat([part.double().norm(dim=1) for part in rows.detach().split(piece_rows(rows.shape[1]))])
 
 
 def piece_rows(width: int) -> int:
