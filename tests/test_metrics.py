@@ -254,6 +254,13 @@ def test_shares_of_firings_weigh_latents_by_their_rate() -> None:
     assert found.firing_share_1pct == 110 / 112
 
 
+def test_rare_latents_are_those_below_a_share_of_the_tokens() -> None:
+    metrics = accumulate(torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 6), 4)
+    metrics.sums[0] = 2_000_000  # as many tokens, in no time
+    metrics.counts = torch.tensor([0, 1, 2, 19, 20, 21])
+    assert (metrics.compute().rare_1e_5, metrics.compute().rare_1e_6, metrics.compute().dead) == (4, 2, 1)
+
+
 def test_density_has_each_living_latent_in_one_bin_and_the_dead_in_none() -> None:
     f = torch.zeros(1000, 5)
     f[:, 0] = f[:100, 1] = f[:1, 2] = f[:101, 3] = 1.0  # rates 1, 0.1, 0.001, 0.101
