@@ -124,6 +124,16 @@ def test_an_export_does_not_go_where_something_is(tmp_path: Path) -> None:
         formats.write(random_sae("relu"), tmp_path, "saelens")
 
 
+def test_a_disk_that_refuses_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("saeforge.formats.saelens.save_file", full)  # after cfg.json was written
+    with pytest.raises(CheckpointError, match="No space left"):
+        formats.write(random_sae("relu"), tmp_path / "out", "saelens")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_export_says_what_saelens_asks_for(tmp_path: Path) -> None:
     formats.write(random_sae("threshold", target=True), tmp_path / "out", "saelens")
     config = json.loads((tmp_path / "out" / "cfg.json").read_text())
@@ -148,6 +158,8 @@ def test_load_reads_other_tools_folders_and_its_own() -> None:
 def test_load_says_what_it_found_in_no_format(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"1")
     with pytest.raises(CheckpointError, match="in no known format"):
+        formats.read(tmp_path)
+    with pytest.raises(CheckpointError, match=r"sae\.json is missing.*`saeforge import`"):
         saeforge.load(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         saeforge.load(tmp_path / "nowhere")

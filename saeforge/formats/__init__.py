@@ -6,8 +6,12 @@ A format is a plugin of the group `saeforge.formats`. Nothing here unpickles: `.
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from saeforge.errors import CheckpointError
 from saeforge.sae import META_FILE, SAE
@@ -33,10 +37,11 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> SAE:
         ConfigError: an SAE that the plain `SAE` cannot express; the message says why.
     """
     folder = Path(path)
-    hub = str(path).startswith("hf://")
-    if not hub and (not folder.exists() or _is_native(folder)):
-        return load_own(folder, device=device)
-    return read(path).to(device)
+    if str(path).startswith("hf://"):
+        return read(path).to(device)
+    if folder.exists() and not _is_native(folder) and any(f.recognises(folder) for f in _formats()[0].values()):
+        return read(path).to(device)
+    return load_own(folder, device=device)  # which says best what is missing
 
 
 def read(path: str | Path, format: str = AUTO) -> SAE:
@@ -79,11 +84,15 @@ def write(sae: SAE, path: str | Path, format: str) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} already holds something; choose another --out or empty it")
     chosen.check(sae)
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        chosen.write(sae, folder)
-    except OSError as error:
+        part.mkdir(parents=True)
+        chosen.write(sae, part)
+        part.replace(folder)  # over an empty folder too: nobody finds half of an export
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
         raise CheckpointError(f"could not write {folder}: {error}; free space or choose another folder") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
@@ -134,9 +143,10 @@ def _formats() -> tuple[dict[str, Format], list[str]]:
 
 
 def _is_native(folder: Path) -> bool:
-    """Whether it is a folder of saeforge's own, or one of which its loader should say what is wrong."""
-    own = (folder / META_FILE, folder / "sae" / META_FILE, folder / "checkpoints" / "last.ckpt")
-    return any(path.exists() for path in own) or any(folder.glob(f"*/sae/{META_FILE}"))
+    """Whether it is a folder of saeforge's own; without an import of any other format, that is."""
+    return (
+        (folder / META_FILE).exists() or any(folder.glob(f"sae/{META_FILE}")) or any(folder.glob(f"*/sae/{META_FILE}"))
+    )
 
 
 __all__ = ["AUTO", "load", "read", "write"]
