@@ -199,8 +199,8 @@ def memory(shape: Shape, layout: Layout, device: Device) -> dict[str, int]:
     # The rows as fp32; the geometric median wants them scaled, in float64, and their distances.
     initialisation = INITIAL_ROWS * (shape.token_bytes + (4 * numbers if shape.number_bytes < 4 else 0))
     initialisation += INITIAL_ROWS * shape.out * (4 + 8 + 8)
-    # Each rank validates whole batches; folding scales the weights, and the SAE keeps a copy.
-    held_out = max(shape.batch, shape.window_rows // WINDOW_BLOCKS)
+    # In whole blocks; folding scales the weights, and the SAE keeps a copy.
+    held_out = max(rows, shape.window_rows // WINDOW_BLOCKS)
     validating = weights + screen + _chunk(f, held_out, 4, device) + held_out * VALIDATION_BYTES * widest
     parts = {
         "weights": weights,

@@ -189,6 +189,15 @@ def test_a_transcoder_reads_both_sides() -> None:
     assert scaling.plan(both, Layout(), H200).disk == pytest.approx(2 * scaling.plan(B, Layout(), H200).disk)
 
 
+@pytest.mark.parametrize("batch", ["8192", "65536"])
+def test_the_worked_example_of_the_docs_is_what_the_command_prints(
+    batch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *GIVEN[:-1], batch, "--gpu=h100", "--devices=8"]) == 0
+    table = capsys.readouterr().out.partition("devices  layout")[2].partition("\n\n")[0]
+    assert table in (ROOT / "docs" / "scaling.md").read_text()
+
+
 @pytest.mark.slow
 def test_memory_is_within_a_fifth_of_what_runs_take() -> None:
     done = subprocess.run(
