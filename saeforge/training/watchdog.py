@@ -84,8 +84,12 @@ class Watch:
             threading.Thread(target=work, daemon=True, name=f"saeforge-watch{work.__name__}").start()
 
     def progress(self) -> None:
-        """This rank got further."""
+        """This rank got further, as with each collective that it enters: who waits is ahead of the other."""
         self._progress += 1
+
+    @property
+    def _reached(self) -> int:
+        return self._progress + Group.entered
 
     def close(self) -> None:
         """This rank is done: neither watches nor is watched any more."""
@@ -116,7 +120,7 @@ class Watch:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(f"beat/{self.rank}", f"{self._beats} {self._progress} {self._state}")
+        self._store.set(f"beat/{self.rank}", f"{self._beats} {self._reached} {self._state}")
 
     def _exchange(self) -> None:
         keys = ["verdict", *(f"beat/{other}" for other in self._watched)]
@@ -170,7 +174,7 @@ class Watch:
             if (quiet := self._clock - self._heard[other]) > self.silent:
                 return f"{name} has given no sign of life for {quiet:.0f} s{' (stopped)' if here == 'T' else ''}"
             self._note(other, int(progress))
-        self._note(self.rank, self._progress)
+        self._note(self.rank, self._reached)
         idle = self._clock - max(at for _, at in self._moved.values())
         if self.rank != 0 or idle <= self.still:
             return ""
