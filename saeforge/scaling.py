@@ -199,8 +199,8 @@ def memory(shape: Shape, layout: Layout, device: Device) -> dict[str, int]:
     # The rows as fp32; the geometric median wants them scaled, in float64, and their distances.
     initialisation = INITIAL_ROWS * (shape.token_bytes + (4 * numbers if shape.number_bytes < 4 else 0))
     initialisation += INITIAL_ROWS * shape.out * (4 + 8 + 8)
-    # Each rank validates whole batches; folding scales the weights, and the SAE keeps a copy.
-    held_out = max(shape.batch, shape.window_rows // WINDOW_BLOCKS)
+    # In whole blocks; folding scales the weights, and the SAE keeps a copy.
+    held_out = max(rows, shape.window_rows // WINDOW_BLOCKS)
     validating = weights + screen + _chunk(f, held_out, 4, device) + held_out * VALIDATION_BYTES * widest
     parts = {
         "weights": weights,
@@ -240,17 +240,19 @@ def traffic(shape: Shape, layout: Layout) -> dict[str, int]:
     """Bytes that a rank hands to the collectives of a step (a ring sends up to twice as many).
 
     Returns:
-        `gradients` (fp32) and `counts` of firings (int64), summed over data ranks; `candidates`, k values and latents
-        of each row, gathered from all latent ranks, and `reconstruction` (bf16), summed over them.
+        `gradients` (fp32) and `counts` of firings (int64), summed over data ranks; `candidates`, the k
+        largest values of each row (fp32), gathered from all latent ranks, `reconstruction` (in the compute type) and
+        `sums` (the pre-encoder bias' gradient, the gradients' norm), summed over them, as `ops.shards` has it.
     """
     f, rows = shape.d_sae // layout.latents, shape.batch // layout.data
-    found = dict.fromkeys(("gradients", "counts", "candidates", "reconstruction"), 0)
+    found = dict.fromkeys(("gradients", "counts", "candidates", "reconstruction", "sums"), 0)
     if layout.data > 1:
         found["gradients"] = 4 * (f * (shape.d_in + shape.out + 1) + shape.out)
         found["counts"] = 8 * f
     if layout.latents > 1:
-        found["candidates"] = rows * min(shape.k, f) * (4 + 4)
-        found["reconstruction"] = 2 * rows * shape.out
+        found["candidates"] = 4 * rows * min(shape.k, f)
+        found["reconstruction"] = shape.compute_bytes * rows * shape.out
+        found["sums"] = 4 * shape.d_in + 8
     return found
 
 
@@ -267,7 +269,7 @@ def seconds(shape: Shape, layout: Layout, device: Device) -> dict[str, float]:
         "gathers": e * rows * shape.k / layout.latents * (2 * shape.out + shape.d_in) / bandwidth,
         "optimizer": (32 + (2 if bf16 else 0)) * f * width / bandwidth,
         "exchange": _all_reduce(sent["gradients"] + sent["counts"], layout.data, layout.latents, device)
-        + _all_reduce(sent["reconstruction"], layout.latents, 1, device)
+        + _all_reduce(sent["reconstruction"] + sent["sums"], layout.latents, 1, device)
         + _all_gather(sent["candidates"], layout.latents, device),
     }
     return {**parts, "step": sum(parts.values())}
@@ -346,6 +348,6 @@ def assumptions(device: Device) -> list[str]:
         "RowAdam in fp32, one SAE; not counted: the process, the CUDA context and the allocator's slack (about 1 GB)",
         f"windows of {WINDOW_BLOCKS} blocks, {LANES} lanes or one a data rank; validation folds a copy of the SAE",
         "exchange is by rings, without latency; DDP sends fp32 gradients and does not hide them behind the backward",
-        "latent sharding is planned, not built: each rank has d_sae / n latents, sends k candidates (4 + 4 bytes) a "
-        "row and sums one bf16 reconstruction; its rows are read once a group, and handing them on is not counted",
+        "latent sharding is not offered by `fit` yet: each rank has d_sae / n latents, gathers k fp32 candidates a row "
+        "and sums one reconstruction; its rows are read once a group, and handing them on is not counted",
     ]

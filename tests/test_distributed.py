@@ -62,8 +62,9 @@ def test_two_ranks_give_the_losses_of_one(variant: str, both: tuple[dict[str, An
         assert max(step["dead"] for step in one) > 0  # or AuxK was not compared
 
 
-def test_two_ranks_told_to_stop_save_together_and_one_rank_goes_on(tmp_path: Path) -> None:
-    """SIGTERM reaches the first process only, as a job scheduler may send it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_two_ranks_told_to_stop_save_together_and_one_rank_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    """The signal reaches the first process only, as a job scheduler may send it."""
     dataset, run = toy_dataset(tmp_path / "acts"), tmp_path / "run"
     options = {"data.tokens": 256 * 1000, "trainer.strategy": "ddp"}
     args = arguments(dataset, run, **options)
@@ -74,13 +75,13 @@ def test_two_ranks_told_to_stop_save_together_and_one_rank_goes_on(tmp_path: Pat
     while not (run / "config.yaml").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     code = process.wait(timeout=60)
     log.seek(0)
     said = log.read()
     log.close()
-    assert code == 143, said
-    assert "stopped by SIGTERM" in said
+    assert code == 128 + number, said
+    assert f"stopped by {number.name}" in said
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert not (run / "sae").exists()
     stopped = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]

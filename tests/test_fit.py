@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 import saeforge
 from saeforge.cli.main import main
 from saeforge.data.shards import ActivationDataset
+from saeforge.training import run_folder
 from tests.toy import D_IN, toy_dataset
 
 CLI = [sys.executable, "-m", "saeforge.cli.main"]
@@ -333,13 +334,34 @@ def test_a_stopped_run_goes_on_to_the_same_bits(variant: str, steps: int, datase
     assert logged(parts) == logged(whole)
 
 
-def test_sigterm_stops_as_ctrl_c_does(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_s_signals_stop_as_ctrl_c_does(
+    number: signal.Signals, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(arguments(dataset, whole)) == 0
-    assert main(arguments(dataset, parts, **interrupt(13, signal.SIGTERM))) == 143
-    assert "stopped by SIGTERM after step 13" in capsys.readouterr().err
+    assert main(arguments(dataset, parts, **interrupt(13, number))) == 128 + number
+    assert f"stopped by {number.name} after step 13" in capsys.readouterr().err
     assert main(arguments(dataset, parts, ckpt_path="last")) == 0
     assert_same(weights(whole), weights(parts))
+
+
+def test_only_a_second_ctrl_c_breaks_off_the_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM sends SIGTERM after its warning, torchrun repeats what a terminal has sent to all processes already."""
+    now = [100.0]
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now[0])
+    folder = run_folder.RunFolder(tmp_path)
+    folder._stop(signal.SIGUSR1, None)
+    now[0] = 400.0
+    folder._stop(signal.SIGTERM, None)
+    assert folder.stopped_by == "SIGUSR1"
+    again = run_folder.RunFolder(tmp_path)
+    again._stop(signal.SIGINT, None)
+    now[0] += 0.1
+    again._stop(signal.SIGINT, None)
+    now[0] += 2.0
+    with pytest.raises(KeyboardInterrupt):
+        again._stop(signal.SIGINT, None)
 
 
 def test_a_stop_inside_an_accumulation_waits_for_the_step(dataset: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.training import watchdog
-from saeforge.training.trainer import SAETrainer
+from saeforge.training.trainer import MEETING_SECONDS, SAETrainer
 from saeforge.training.watchdog import LOST_RANK, Watch, _of_a_collective, process_state
 from tests.test_fit import CLI, arguments
 from tests.toy import toy_dataset
@@ -39,10 +39,14 @@ class Ranks:
         for rank in range(size):
             store = dist.PrefixStore("w", dist.TCPStore("127.0.0.1", self.server.port, is_master=False))
 
-            def end(found: str | None, rank: int = rank) -> None:
-                self.found[rank] = found
+            said: list[str] = []
 
-            self.watches.append(Watch(store, rank, size, silent=silent, still=still, end=end, interval=TICK))
+            def end(rank: int = rank, said: list[str] = said) -> None:
+                self.found[rank] = said[0] if said else None
+
+            self.watches.append(
+                Watch(store, rank, size, silent=silent, still=still, say=said.append, end=end, interval=TICK)
+            )
         return self.watches
 
     def wait(self, count: int, seconds: float = 20.0) -> dict[int, str | None]:
@@ -123,13 +127,13 @@ def test_a_store_that_is_gone_is_rank_zero_gone() -> None:
         "s = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
         "print(s.port, flush=True)\ntime.sleep(60)"
     )
-    found: list[str | None] = []
+    found: list[str] = []
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False)
         for key, value in (("process/0", store_place(os.getpid())), ("beat/0", "1 0 "), ("verdict", "")):
             store.set(key, value)
-        watch = Watch(store, 1, 2, silent=60, still=60, end=found.append, interval=TICK)
+        watch = Watch(store, 1, 2, silent=60, still=60, say=found.append, end=print, interval=TICK)
         watch.start()
         server.kill()
     deadline = time.monotonic() + 20
@@ -182,12 +186,17 @@ def test_what_a_collective_raises_is_told_from_a_rank_s_own_error() -> None:
     assert not _of_a_collective(torch.OutOfMemoryError("CUDA out of memory"))
 
 
-def test_the_timeout_is_that_of_the_process_group() -> None:
-    for strategy in ("ddp", "auto"):
-        trainer = SAETrainer(accelerator="cpu", devices=2, strategy=strategy, rank_timeout=7.0)
+@pytest.mark.parametrize("strategy", ["ddp", "auto"])
+def test_the_timeout_is_that_of_the_process_group(strategy: str) -> None:
+    """Which also bounds how long the processes may take to meet, so it is never a few seconds."""
+    for given, bound in ((900.0, 900.0), (7.0, MEETING_SECONDS)):
+        trainer = SAETrainer(accelerator="cpu", devices=2, strategy=strategy, rank_timeout=given)
         options: Any = trainer.strategy
-        assert options._timeout.total_seconds() == 7.0
+        assert options._timeout.total_seconds() == bound
         assert False in options._ddp_kwargs.values()  # buffers are not sent around
+
+
+def test_a_timeout_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="rank_timeout"):
         SAETrainer(rank_timeout=0.0)
 

@@ -19,6 +19,7 @@ SMALL_FIT = ["--data.tokens=20480", "--trainer.logger=false", "--trainer.enable_
 # What makes a command small enough for a test: its first words -> arguments that are added.
 SHORTER: dict[tuple[str, ...], list[str]] = {
     ("saeforge", "harvest"): ["--n_tokens", "40000"],
+    ("saeforge", "plan"): [],
     ("saeforge", "fit", "--config", "configs/quickstart/fit.yaml"): SMALL_FIT,
     ("saeforge", "fit", "--config", "configs/gpu/topk-64k.yaml"): [
         *SMALL_FIT,

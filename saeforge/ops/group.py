@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,11 @@ class Group:
     Attributes:
         sent: bytes that this rank has handed over, by kind of exchange: "sum", "minimum", "gather". Of b bytes a ring
             of n ranks sends 2 b (n - 1) / n for a sum or a minimum, and b (n - 1) for a gather.
+        entered: collectives that this process has entered, over all groups. Where a run stands still, the rank that the
+            others wait for has entered fewer.
     """
+
+    entered: ClassVar[int] = 0
 
     def __init__(self, size: int = 1, rank: int = 0, handle: Any = None) -> None:
         self.size = size
@@ -72,6 +76,7 @@ class Group:
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
+            Group.entered += 1
             dist.barrier(self._handle)
 
     def agree(self, flag: bool, device: torch.device | str = "cpu") -> bool:
@@ -97,11 +102,13 @@ class Group:
 
     def _all_reduce(self, tensor: Tensor, kind: Kind) -> Tensor:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
+        Group.entered += 1
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if kind == "sum" else dist.ReduceOp.MIN, group=self._handle)
         return tensor
 
     def _all_gather(self, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        Group.entered += 1
         dist.all_gather(parts, tensor.contiguous(), group=self._handle)
         return torch.stack(parts)
 

@@ -225,7 +225,7 @@ class ActivationData(LightningDataModule):
             return []
         group = Group.world()
         return ValidationLoader(
-            self.source, self.batch_size, max_rows=self.validation_rows, rank=group.rank, world=group.size
+            self.source, self.batch_size // group.size, max_rows=self.validation_rows, rank=group.rank, world=group.size
         )
 
     def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Rows:

@@ -36,8 +36,8 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "bro
 
 _STRATEGIES = (None, "auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
 
-#: Seconds that a collective may take, and a run stand still (Lightning's own default).
-RANK_TIMEOUT = 1800.0
+#: Seconds that a run may stand still (Lightning's own default for a collective), and that its processes take to meet.
+RANK_TIMEOUT, MEETING_SECONDS = 1800.0, 300.0
 #: Validations of a run whose rhythm (`val_check_interval`) was not given.
 VALIDATIONS_PER_RUN = 10
 
@@ -51,8 +51,8 @@ class SAETrainer(Trainer):
     under DDP, since every rank computes the same ones.
 
     Args:
-        rank_timeout: seconds that a collective may take, or a run of several ranks stand still, before it ends with a
-            line that names the rank; one that is dead or stopped is found within a minute, or this time if it is less.
+        rank_timeout: seconds that a run of several ranks may stand still before it ends with a line that names the one
+            behind; one that is dead or stopped is found within a minute, or this time if it is less.
         kwargs: Lightning's.
 
     Raises:
@@ -89,14 +89,13 @@ class SAETrainer(Trainer):
         kwargs["check_val_every_n_epoch"] = None
         self._default_rhythm = kwargs.get("val_check_interval") is None
         kwargs["val_check_interval"] = kwargs.get("val_check_interval") or 1 << 40
-        strategy = kwargs.get("strategy")
+        strategy, patience = kwargs.get("strategy"), timedelta(seconds=max(rank_timeout, MEETING_SECONDS))
         if not (strategy in _STRATEGIES or isinstance(strategy, DDPStrategy | SingleDeviceStrategy)):
             raise ConfigError(
                 f"trainer.strategy = {strategy}: expected auto or ddp (sharded parameters would break the norm "
                 "constraint of decoder rows)"
             )
         if strategy == "ddp":
-            patience = timedelta(seconds=rank_timeout)
             kwargs["strategy"] = DDPStrategy(gradient_as_bucket_view=True, timeout=patience, **_NO_BUFFER_SYNC)
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = False if run is None else CSVLogger(run, name="csv")
@@ -120,7 +119,7 @@ class SAETrainer(Trainer):
         super().__init__(**kwargs)
         if strategy in (None, "auto") and isinstance(self.strategy, DDPStrategy):  # several devices
             self.strategy._ddp_kwargs |= {"gradient_as_bucket_view": True, **_NO_BUFFER_SYNC}
-            self.strategy._timeout = timedelta(seconds=rank_timeout)
+            self.strategy._timeout = patience
 
     def fit(self, model: SAEModule, datamodule: ActivationData, ckpt_path: str | None = None) -> None:  # type: ignore[override]
         """Trains to the end of the budget.

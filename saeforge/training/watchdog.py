@@ -33,8 +33,6 @@ SILENT_SECONDS = 60.0
 #: Seconds that a rank whose collective failed waits for the reason.
 REASON_SECONDS = 10.0
 
-End = Callable[[str | None], None]
-
 
 class Watch:
     """The two threads of one rank.
@@ -44,15 +42,25 @@ class Watch:
         rank, size: this process's place.
         silent: seconds without a sign of life after which a rank is lost.
         still: seconds without progress of any rank after which the one that is behind ends the run.
-        end: called once, from a thread, with what was found; None if rank 0 says it.
+        say: called with what was found, by rank 0, or by the others if it is rank 0 that is lost.
+        end: called last, on every rank.
         interval: seconds between signs of life.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, *, silent: float, still: float, end: End, interval: float = 1.0
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        *,
+        silent: float,
+        still: float,
+        say: Callable[[str], None],
+        end: Callable[[], None],
+        interval: float = 1.0,
     ) -> None:
-        self.rank, self.size, self.silent, self.still, self.interval = rank, size, silent, still, interval
-        self._store, self._end = store, end
+        self.rank, self.silent, self.still, self.interval = rank, silent, still, interval
+        self._store, self._say, self._end = store, say, end
         self._progress, self._state, self._beats = 0, "", 0
         self._closed, self._ended = threading.Event(), threading.Event()
         #: Seconds that this process ran: one that was suspended must not blame the others for the time.
@@ -76,8 +84,12 @@ class Watch:
             threading.Thread(target=work, daemon=True, name=f"saeforge-watch{work.__name__}").start()
 
     def progress(self) -> None:
-        """This rank got further."""
+        """This rank got further, as with each collective that it enters: who waits is ahead of the other."""
         self._progress += 1
+
+    @property
+    def _reached(self) -> int:
+        return self._progress + Group.entered
 
     def close(self) -> None:
         """This rank is done: neither watches nor is watched any more."""
@@ -108,7 +120,7 @@ class Watch:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(f"beat/{self.rank}", f"{self._beats} {self._progress} {self._state}")
+        self._store.set(f"beat/{self.rank}", f"{self._beats} {self._reached} {self._state}")
 
     def _exchange(self) -> None:
         keys = ["verdict", *(f"beat/{other}" for other in self._watched)]
@@ -132,15 +144,17 @@ class Watch:
         while not self._closed.wait(self.interval):
             now = time.monotonic()
             self._clock, before = self._clock + min(now - before, 2 * self.interval), now
-            found = self._verdict if self.rank != 0 else ""
-            found, told = (found, True) if found else (self._find(), False)
-            if not found or self._closed.is_set():
+            told = self.rank != 0 and self._verdict != ""
+            found = "" if told else self._find()
+            if self._closed.is_set() or not (told or found):
                 continue
+            if found:
+                self._say(found)
             if self.rank == 0:
                 self._store.set("verdict", found)
                 self._closed.wait(3 * self.interval)  # the others read it before the store goes with this process
-            self._end(None if told else found)
             self._ended.set()
+            self._end()
             return
 
     def _find(self) -> str:
@@ -160,7 +174,7 @@ class Watch:
             if (quiet := self._clock - self._heard[other]) > self.silent:
                 return f"{name} has given no sign of life for {quiet:.0f} s{' (stopped)' if here == 'T' else ''}"
             self._note(other, int(progress))
-        self._note(self.rank, self._progress)
+        self._note(self.rank, self._reached)
         idle = self._clock - max(at for _, at in self._moved.values())
         if self.rank != 0 or idle <= self.still:
             return ""
@@ -237,6 +251,7 @@ class Watchdog(Callback):
             group.size,
             silent=min(self.timeout, SILENT_SECONDS),
             still=self.timeout,
+            say=self.say,
             end=self.end,
             interval=max(1.0, group.size / 64),
         )
@@ -247,13 +262,14 @@ class Watchdog(Callback):
             if thread.name == "child-process-observer" and hasattr(thread, "_child_processes"):
                 thread._child_processes = []
 
-    def end(self, found: str | None) -> None:
-        """Prints what was found, and ends the process: its main thread may wait for a dead rank forever."""
-        watch = self.watch
-        assert watch is not None
-        if found is not None:
-            print(f"saeforge: error: {found}; {self.advice()}", file=sys.stderr, flush=True)
-        watch.kill_lost()
+    def say(self, found: str) -> None:
+        """Prints what was found."""
+        print(f"saeforge: error: {found}; {self.advice()}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Ends the process, whose main thread may wait for a dead rank forever."""
+        assert self.watch is not None
+        self.watch.kill_lost()
         os._exit(LOST_RANK)
 
     def advice(self) -> str:
