@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from saeforge.ops import Group, Shard, SparseCode, TopK, encode, latents_over
 from saeforge.registry import VARIANTS
 from saeforge.variants import Batch, mean_norm_of_others, random_rows, random_unit_rows, shard_, start
 from saeforge.variants import TopK as TopKSAE
+from tests import latents_worker
 from tests.latents import D_SAE, ROWS, STEPS, D, Trained, data, together, train
 from tests.ranks import Threads, on_mesh
 
@@ -44,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "crosscoder": ("crosscoder", {"k": 3, "aux": 0.5, "k_aux": 4}, {"sources": (5, 7)}),
     "crosscoder, l1": ("crosscoder", {"sparsity": "l1"}, {"sources": (5, 7)}),
 }
+ROOT = Path(__file__).parents[1]
 INSTALLED = {record.name for record in VARIANTS.records()}
 MESHES = [(1, 2), (1, 4), (2, 2)]
 
@@ -305,3 +311,62 @@ def test_a_step_outside_of_its_shard_is_an_error_not_a_smaller_dictionary() -> N
     x = torch.ones(3, 4)
     with pytest.raises(RuntimeError, match="latents_over"):
         variant.step(Batch(x, x), {})
+
+
+# Processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_processes_train_what_one_device_trains(rows: int, tmp_path: Path) -> None:
+    """Over gloo, and in bf16 to the same bits on both ranks of latents."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "tests.latents_worker", str(rows)]
+    files = [str(tmp_path / "store"), str(tmp_path / "out")]
+    processes = [
+        subprocess.Popen([*command, str(rank), *files], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2 * rows)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said[-3000:]
+    ranks = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(2 * rows)]
+    for name, (variant, options, compute) in latents_worker.CASES.items():
+        low = compute == torch.bfloat16
+        one = train(variant, options, dtype=torch.float32 if low else compute, compute=compute)
+        for row in range(rows):
+            (losses, first, sent, names), (others, second, sent_too, _) = (
+                rank[name] for rank in ranks[2 * row : 2 * row + 2]
+            )
+            assert losses == others
+            assert sent == sent_too
+            state = together([first, second], frozenset(names))
+            for step in range(STEPS):
+                assert losses[step] == pytest.approx(one.losses[step], rel=2e-2 if low else 1e-10, abs=1e-10)
+            if not low:
+                torch.testing.assert_close(state, dict(one.variant.state_dict()), rtol=1e-10, atol=1e-10)
+
+
+MEMORY = """
+import resource, torch
+from saeforge.ops import Group, Shard, latents_over
+from saeforge.variants import TopK, random_unit_rows, shard_
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+random_unit_rows(4096, 1024, torch.Generator())
+before = peak()
+variant = TopK(256, 256, d_sae=2**18, k=32)  # a weight of 256 MiB
+shard = Shard.of(2**18, Group(64, 5))
+shard_(variant, shard)
+with torch.no_grad(), latents_over(shard):
+    variant.W_dec.copy_(random_unit_rows(2**18, 256, torch.Generator().manual_seed(0)))
+    variant.W_enc.copy_(variant.W_dec)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux counts it")
+def test_no_rank_ever_holds_a_whole_weight() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 100  # of 512 MiB; a rank's own are 8
