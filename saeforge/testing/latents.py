@@ -40,9 +40,9 @@ def latents(case: Case) -> None:
             worst = max((each for each in found), key=lambda each: distance(each, value) if each.numel() else 0.0)
             if not close(worst, value, bound) and float((worst - value).abs().max()) > 1e-12:
                 raise CheckFailed(
-                    f"{name} over two ranks that share out the latents is not that of one device; sum over latents with "
-                    "self.mean_entries or self.sum_latents, read what has none by encode or self.for_latents, draw "
-                    "rows by random_rows, and let a selection of your own compare latents in `finish` alone"
+                    f"{name} over two ranks that share out the latents is not that of one device; sum over latents "
+                    "with self.mean_entries or self.sum_latents, read what has none by encode or self.for_latents, "
+                    "draw rows by random_rows, and let a selection of your own compare latents in `finish` alone"
                 )
 
 
