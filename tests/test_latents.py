@@ -295,6 +295,10 @@ def test_what_cannot_be_shared_out_is_refused() -> None:
         shard_(TopKSAE(8, 8, d_sae=8, k=2), Shard.of(8, Group(2, 0)))
     with pytest.raises(ConfigError, match="a shard of 16 latents does not fit"):
         shard_(TopKSAE(4, 4, d_sae=8, k=2), Shard.of(16, Group(2, 0)))
+    refused = TopKSAE(4, 4, d_sae=8, k=2)
+    refused.exempt_checks = {"latents": "it is too small"}  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="TopK cannot share out its latents: it is too small; let devices"):
+        shard_(refused, Shard.of(8, Group(2, 0)))
     variant = TopKSAE(4, 4, d_sae=8, k=2)
     shard_(variant, Shard.of(8, Group(2, 1)))
     with pytest.raises(ConfigError, match="sharded already"):
