@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import Group, Shard, SparseCode, TopK, encode, latents_over
+from saeforge.ops import Above, BatchTopK, Group, Selection, Shard, SparseCode, TopK, encode, latents_over
 from saeforge.registry import VARIANTS
 from saeforge.variants import Batch, mean_norm_of_others, random_rows, random_unit_rows, shard_, start
 from saeforge.variants import TopK as TopKSAE
@@ -152,6 +153,24 @@ def test_ties_over_ranks_go_to_the_lowest_latent(k: int, n: int, dtype: torch.dt
     entries = [(code.rows(), code.indices + code.first, code.values) for code in codes]
     found = sorted(zip(*(torch.cat(part).tolist() for part in zip(*entries, strict=True)), strict=True))
     assert found == list(zip(whole.rows().tolist(), whole.indices.tolist(), whole.values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("select", [TopK(20), BatchTopK(8), Above(12.0)])
+def test_screened_selections_too(select: Selection) -> None:
+    """Shards so large that a bf16 product screens them, where the processor has one."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(64, 64, generator=generator), torch.randn(2**15, 64, generator=generator)
+    whole = encode(x, weight, None, select)
+
+    def work(group: Group) -> SparseCode:
+        shard = Shard.of(2**15, group)
+        with latents_over(shard):
+            return encode(x, weight[shard.first : shard.last], None, copy.copy(select))
+
+    codes = Threads(2).run(work)
+    assert 0 < whole.nnz == sum(code.nnz for code in codes)
+    together = torch.cat([code.to_dense() for code in codes], dim=1)
+    torch.testing.assert_close(together, whole.to_dense(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_nan_is_selected_on_the_rank_that_has_it() -> None:
