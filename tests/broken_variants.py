@@ -71,6 +71,27 @@ class Right(Variant):
         return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, k=self.k)
 
 
+@final
+class OwnSum(Right):
+    """A penalty that sums over the latents of one rank."""
+
+    def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
+        out = super().step(batch, schedule)
+        code = out.code
+        return StepOutput({**out.terms, "l1": 0.1 * code.values.sum() / code.n_rows}, code, out.counters)
+
+
+@final
+class OwnRows(Right):
+    """Draws as many rows as it has latents here, which are another rank's too."""
+
+    @torch.no_grad()
+    def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
+        super().initialise(stats, x, target, generator)
+        rows = torch.randn(self.W_dec.shape, generator=generator)
+        self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+
+
 class _Doubled(torch.autograd.Function):
     """ReLU with twice its gradient."""
 

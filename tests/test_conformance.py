@@ -83,6 +83,11 @@ BROKEN = {
     "Forgetful": ("save_load", "after save and load term mse differs; .* registered buffer"),
     "OwnMean": ("row_weights", r"rows of weight 0 change term mse; take means with self.mean_rows"),
     "OwnWeights": ("ranks", "the loss over two ranks is not that of the whole batch; .* self.run.group"),
+    "OwnSum": (
+        "latents",
+        "term l1 over two ranks that share out the latents is .* self.mean_entries or self.sum_latents",
+    ),
+    "OwnRows": ("latents", "the start of W_dec over two ranks .* draw rows by random_rows"),
     "OwnProduct": ("sparse_dense", "latents under SAEFORGE_OPS=.* differ from dense products; compute on code.values"),
     "Untrained": ("shapes", "param_groups leaves out b_enc, which would never be trained; add them"),
     "WrongType": ("config", "rate"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +14,11 @@ import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import Group, Shard, SparseCode, TopK, encode, latents_over
+from saeforge.ops import Above, BatchTopK, Group, Selection, Shard, SparseCode, TopK, encode, latents_over
 from saeforge.registry import VARIANTS
 from saeforge.variants import Batch, mean_norm_of_others, random_rows, random_unit_rows, shard_, start
 from saeforge.variants import TopK as TopKSAE
+from tests import latents_worker
 from tests.latents import D_SAE, ROWS, STEPS, D, Trained, data, together, train
 from tests.ranks import Threads, on_mesh
 
@@ -44,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "crosscoder": ("crosscoder", {"k": 3, "aux": 0.5, "k_aux": 4}, {"sources": (5, 7)}),
     "crosscoder, l1": ("crosscoder", {"sparsity": "l1"}, {"sources": (5, 7)}),
 }
+ROOT = Path(__file__).parents[1]
 INSTALLED = {record.name for record in VARIANTS.records()}
 MESHES = [(1, 2), (1, 4), (2, 2)]
 
@@ -146,6 +153,24 @@ def test_ties_over_ranks_go_to_the_lowest_latent(k: int, n: int, dtype: torch.dt
     entries = [(code.rows(), code.indices + code.first, code.values) for code in codes]
     found = sorted(zip(*(torch.cat(part).tolist() for part in zip(*entries, strict=True)), strict=True))
     assert found == list(zip(whole.rows().tolist(), whole.indices.tolist(), whole.values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("select", [TopK(20), BatchTopK(8), Above(12.0)])
+def test_screened_selections_too(select: Selection) -> None:
+    """Shards so large that a bf16 product screens them, where the processor has one."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(64, 64, generator=generator), torch.randn(2**15, 64, generator=generator)
+    whole = encode(x, weight, None, select)
+
+    def work(group: Group) -> SparseCode:
+        shard = Shard.of(2**15, group)
+        with latents_over(shard):
+            return encode(x, weight[shard.first : shard.last], None, copy.copy(select))
+
+    codes = Threads(2).run(work)
+    assert 0 < whole.nnz == sum(code.nnz for code in codes)
+    together = torch.cat([code.to_dense() for code in codes], dim=1)
+    torch.testing.assert_close(together, whole.to_dense(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_nan_is_selected_on_the_rank_that_has_it() -> None:
@@ -289,6 +314,10 @@ def test_what_cannot_be_shared_out_is_refused() -> None:
         shard_(TopKSAE(8, 8, d_sae=8, k=2), Shard.of(8, Group(2, 0)))
     with pytest.raises(ConfigError, match="a shard of 16 latents does not fit"):
         shard_(TopKSAE(4, 4, d_sae=8, k=2), Shard.of(16, Group(2, 0)))
+    refused = TopKSAE(4, 4, d_sae=8, k=2)
+    refused.exempt_checks = {"latents": "it is too small"}  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="TopK cannot share out its latents: it is too small; let devices"):
+        shard_(refused, Shard.of(8, Group(2, 0)))
     variant = TopKSAE(4, 4, d_sae=8, k=2)
     shard_(variant, Shard.of(8, Group(2, 1)))
     with pytest.raises(ConfigError, match="sharded already"):
@@ -305,3 +334,62 @@ def test_a_step_outside_of_its_shard_is_an_error_not_a_smaller_dictionary() -> N
     x = torch.ones(3, 4)
     with pytest.raises(RuntimeError, match="latents_over"):
         variant.step(Batch(x, x), {})
+
+
+# Processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_processes_train_what_one_device_trains(rows: int, tmp_path: Path) -> None:
+    """Over gloo, and in bf16 to the same bits on both ranks of latents."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "tests.latents_worker", str(rows)]
+    files = [str(tmp_path / "store"), str(tmp_path / "out")]
+    processes = [
+        subprocess.Popen([*command, str(rank), *files], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2 * rows)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said[-3000:]
+    ranks = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(2 * rows)]
+    for name, (variant, options, compute) in latents_worker.CASES.items():
+        low = compute == torch.bfloat16
+        one = train(variant, options, dtype=torch.float32 if low else compute, compute=compute)
+        for row in range(rows):
+            (losses, first, sent, names), (others, second, sent_too, _) = (
+                rank[name] for rank in ranks[2 * row : 2 * row + 2]
+            )
+            assert losses == others
+            assert sent == sent_too
+            state = together([first, second], frozenset(names))
+            for step in range(STEPS):
+                assert losses[step] == pytest.approx(one.losses[step], rel=2e-2 if low else 1e-10, abs=1e-10)
+            if not low:
+                torch.testing.assert_close(state, dict(one.variant.state_dict()), rtol=1e-10, atol=1e-10)
+
+
+MEMORY = """
+import resource, torch
+from saeforge.ops import Group, Shard, latents_over
+from saeforge.variants import TopK, random_unit_rows, shard_
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+random_unit_rows(4096, 1024, torch.Generator())
+before = peak()
+variant = TopK(256, 256, d_sae=2**18, k=32)  # a weight of 256 MiB
+shard = Shard.of(2**18, Group(64, 5))
+shard_(variant, shard)
+with torch.no_grad(), latents_over(shard):
+    variant.W_dec.copy_(random_unit_rows(2**18, 256, torch.Generator().manual_seed(0)))
+    variant.W_enc.copy_(variant.W_dec)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux counts it")
+def test_no_rank_ever_holds_a_whole_weight() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 100  # of 512 MiB; a rank's own are 8

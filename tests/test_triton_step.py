@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saeforge.data.batch import Batch
-from saeforge.ops import Above, TopK, decode, encode, engine, gpu, shadow
+from saeforge.ops import Above, Group, TopK, decode, encode, engine, gpu, shadow
 from saeforge.ops.dispatch import choose
 from saeforge.ops.select import top_k
 from saeforge.optim import RowAdam, by_triton
@@ -146,6 +146,37 @@ def test_fused_steps_equal_separate_operations(
         assert torch.equal(made.rounded, p.detach().bfloat16())
         assert shadow.of(p) is made
     assert all(p._version > before for p, before in zip(fused, versions, strict=True))
+
+
+class _Others(Group):
+    """A group whose other rank says one number."""
+
+    def __init__(self, said: Tensor) -> None:
+        super().__init__(2, 0)
+        self._said = said
+
+    def _all_reduce(self, tensor: Tensor, kind: Any) -> Tensor:
+        return tensor + self._said
+
+
+def test_the_rows_of_another_rank_count_in_the_norm_that_clips() -> None:
+    whole = parameters(6)
+    set_gradients(whole, 3)
+    grads = [p.grad.double() for p in whole if p.grad is not None]
+    along = (grads[0] * whole[0].double()).sum(1, keepdim=True) * whole[0].double()
+    theirs = torch.stack([(grads[0] - along)[4:], grads[1][4:]]).square().sum() + grads[2][4:].square().sum()
+    own = [nn.Parameter(p.detach()[:4].clone() if p.ndim else p.detach().clone()) for p in whole]
+    for p, of_all in zip(own, whole, strict=True):
+        assert of_all.grad is not None
+        p.grad = of_all.grad[:4].clone() if p.ndim else of_all.grad.clone()
+    row_adam(whole).step()
+    optimizer = row_adam(own)
+    optimizer.share_out(own[:3], _Others(theirs.detach()))
+    optimizer.step()
+    for p, of_all in zip(own, whole, strict=True):
+        torch.testing.assert_close(p, of_all[:4] if p.ndim else of_all, rtol=2e-5, atol=2e-6)
+        mean = optimizer.state[p]["exp_avg"]
+        assert mean.norm() < 1  # it was clipped: gradients are 5 long
 
 
 def test_a_gradient_that_is_not_a_number_shows() -> None:

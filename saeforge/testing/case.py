@@ -17,11 +17,11 @@ from torch import Tensor
 
 from saeforge.data.batch import Batch
 from saeforge.data.moments import Moments, Statistics
-from saeforge.ops import Group
+from saeforge.ops import Group, Shard, latents_over
 from saeforge.ops.marks import without_pseudo_gradients
 from saeforge.registry import PluginRecord
 from saeforge.testing.outcome import CheckFailed
-from saeforge.variants import DataStatistics, RunSettings, StepOutput, Variant
+from saeforge.variants import DataStatistics, RunSettings, StepOutput, Variant, shard_
 
 WIDTH = 12
 #: Widths of the sources of variants that take several (those whose input scale is per source).
@@ -105,12 +105,15 @@ class Case:
         """Of a run whose encoder product has that type."""
         return RunSettings(TOTAL_STEPS, DEAD_AFTER, dtype, group or Group(), self.sources, self.sources)
 
-    def initialised(self, *, seed: int = 0, scale: float = 1.0) -> Variant:
-        """An fp32 variant as it starts on rows times `scale`."""
+    def initialised(self, *, seed: int = 0, scale: float = 1.0, shard: Shard | None = None) -> Variant:
+        """An fp32 variant as it starts on rows times `scale`; of a rank, its latents."""
         variant = self.cls(WIDTH, WIDTH, **self.options)
+        if shard is not None:
+            shard_(variant, shard)
         variant.bind(self.settings())
         x = scale * self.rows(1024, seed=0)
-        variant.initialise(self.statistics(x), x, x, torch.Generator().manual_seed(seed))
+        with latents_over(shard):
+            variant.initialise(self.statistics(x), x, x, torch.Generator().manual_seed(seed))
         return variant
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import Any
 
 from saeforge.errors import ConfigError, PluginError
 from saeforge.registry import VARIANTS, PluginRecord
-from saeforge.testing import contract, gradients, learning, numbers, pseudo, ranks, repeats, waits
+from saeforge.testing import contract, gradients, latents, learning, numbers, pseudo, ranks, repeats, waits
 from saeforge.testing.case import Case
 from saeforge.testing.outcome import CheckFailed, LeftOut, Outcome, Report
 from saeforge.variants import Variant
@@ -31,6 +31,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "determinism": repeats.determinism,
     "save_load": repeats.save_load,
     "ranks": ranks.ranks,
+    "latents": latents.latents,
     "processes": ranks.processes,
     "learning": learning.learning,
 }

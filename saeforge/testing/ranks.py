@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saeforge.data.batch import Batch
 from saeforge.ops import Group
+from saeforge.ops.group import Kind
 from saeforge.registry import PluginRecord
 from saeforge.testing.case import Case, close
 from saeforge.testing.outcome import CheckFailed
@@ -29,44 +30,41 @@ BOUND = 1e-9  # float64
 WAIT_SECONDS = 100
 _SAME_CALLS = "every rank must make the same calls of self.run.group in the same order"
 
-_Share = dict[str, Tensor]
+Share = dict[str, Tensor]
 
 
-class _ThreadGroup(Group):
+class ThreadGroup(Group):
     """Ranks as threads of this process: sums through a barrier, as all-reduce would."""
 
     def __init__(self, rank: int, slots: list[Tensor], barrier: threading.Barrier) -> None:
         super().__init__(WORLD, rank)
         self.slots, self.lock = slots, barrier
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ThreadGroup:
-        return self  # a copy of a variant asks the same ranks
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """See `Group.gather`."""
-        self.slots[self.rank] = tensor.detach()
+    def _all_gather(self, tensor: Tensor) -> Tensor:
+        self.slots[self.rank] = tensor
         self.lock.wait()
         every = torch.stack(self.slots)
         self.lock.wait()
         return every
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """See `Group.sum`."""
-        return self.gather(tensor).sum(0)
-
-    def minimum(self, tensor: Tensor) -> Tensor:
-        """See `Group.minimum`."""
-        return self.gather(tensor).amin(0)
+    def _all_reduce(self, tensor: Tensor, kind: Kind) -> Tensor:
+        every = self._all_gather(tensor)
+        return every.sum(0) if kind == "sum" else every.amin(0)
 
 
 def ranks(case: Case) -> None:
     """Two ranks (threads) with half of the rows each: mean loss, mean gradients and counts of the whole batch."""
+    _compare(case, in_threads(lambda group: _share(case, group)))
+
+
+def in_threads(share: Callable[[Group], Share]) -> list[Share]:
+    """What each of two ranks returns."""
     slots, barrier = [torch.zeros(())] * WORLD, threading.Barrier(WORLD, timeout=WAIT_SECONDS)
-    shares: list[_Share | Exception] = [RuntimeError("it did not run")] * WORLD
+    shares: list[Share | Exception] = [RuntimeError("it did not run")] * WORLD
 
     def work(rank: int) -> None:
         try:
-            shares[rank] = _share(case, _ThreadGroup(rank, slots, barrier))
+            shares[rank] = share(ThreadGroup(rank, slots, barrier))
         except Exception as error:  # handed to the thread that checks
             barrier.abort()
             shares[rank] = error
@@ -76,10 +74,10 @@ def ranks(case: Case) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    for share in shares:
-        if isinstance(share, Exception) and not isinstance(share, threading.BrokenBarrierError):
-            raise share
-    _compare(case, [share for share in shares if isinstance(share, dict)])
+    errors = [found for found in shares if isinstance(found, Exception)]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [found for found in shares if isinstance(found, dict)]
 
 
 def processes(case: Case) -> None:
@@ -123,7 +121,7 @@ def _process() -> None:
         dist.destroy_process_group()
 
 
-def _share(case: Case, group: Group) -> _Share:
+def _share(case: Case, group: Group) -> Share:
     """Loss, gradients and counts of a rank's rows; without a group of several, of all rows."""
     variant = case.variant()
     variant.bind(case.settings(torch.float64, group))
@@ -143,7 +141,7 @@ def _share(case: Case, group: Group) -> _Share:
     return found
 
 
-def _compare(case: Case, shares: list[_Share]) -> None:
+def _compare(case: Case, shares: list[Share]) -> None:
     whole = _share(case, Group())
     for name, value in whole.items():
         mean = torch.stack([share[name] for share in shares]).mean(0)

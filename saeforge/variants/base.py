@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, final
@@ -24,12 +23,11 @@ from saeforge.optim.row_adam import unit_rows_
 from saeforge.sae import SAE
 from saeforge.variants.contract import DataStatistics, Recipe, RunSettings, ScheduleValues, StepOutput, Unfolded
 from saeforge.variants.start import InputScale, input_scale
+from saeforge.variants.unfolding import unfold
 
 #: Steps between two listings of the dead latents, at most; fewer where so many are a tenth of the time after which a
 #: latent counts as dead.
 DEAD_LIST_STEPS = 20
-
-log = logging.getLogger("saeforge.variants")
 
 
 class Variant(nn.Module, ABC):
@@ -329,40 +327,7 @@ class Variant(nn.Module, ABC):
         Raises:
             ConfigError: other widths, a skip connection, or an SAE without a linear encoder.
         """
-        name = type(self).__name__
-        if sae.rule == "plugin":
-            raise ConfigError(f"init_from: {name} needs an SAE with a linear encoder, this one is encoded by a plugin")
-        if sae.W_skip is not None:
-            raise ConfigError(f"init_from: {name} has no skip connection, this SAE has one")
-        for option, own, given in (
-            ("d_in", self.d_in, sae.d_in),
-            ("d_out", self.d_out, sae.d_out),
-            ("d_sae", self.d_sae, sae.d_sae),
-        ):
-            if own != given:
-                advice = f"set variant.d_sae to {given}" if option == "d_sae" else "give an SAE of the same site"
-                raise ConfigError(f"init_from: the SAE has {option} = {given}, this run {own}; {advice}")
-        if self.shard is not None and len(sae.W_dec) == self.shard.d_sae:
-            sae = sae.part(self.shard)
-        unit = self.target_scale.double()
-        W_dec, b_dec = sae.W_dec.to(unit) * (unit if unit.ndim else 1.0), sae.b_dec.to(unit) * unit
-        norms = W_dec.norm(dim=1)
-        norms = torch.where(norms > 0, norms, 1.0)
-        if sae.rule == "topk" and bool(norms.max() > 1.001 * norms.min()):
-            log.warning(
-                "init_from: decoder rows of this top-k SAE have norms from %.3g to %.3g; they are set to 1, so other "
-                "latents may be the k largest",
-                norms.min().item(),
-                norms.max().item(),
-            )
-        factor = norms if unit.ndim else norms * unit
-        return Unfolded(
-            sae.W_enc.to(unit) * factor[:, None] / self.scale.double(),
-            sae.b_enc.to(unit) * factor,
-            W_dec / norms[:, None],
-            b_dec,
-            None if sae.threshold is None else sae.threshold.to(unit) * factor,
-        )
+        return unfold(self, sae)
 
     @final
     @torch.no_grad()

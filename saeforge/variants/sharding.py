@@ -21,8 +21,8 @@ def shard_(variant: Variant, shard: Shard) -> None:
         shard: of `variant.d_sae` latents.
 
     Raises:
-        ConfigError: a variant that is sharded already, another number of latents, or one that is also a width, so that
-            a latent's entries cannot be told from others.
+        ConfigError: a variant that is sharded already, or says that it cannot be (`exempt_checks`); another number of
+            latents, or one that is also a width, so that a latent's entries cannot be told from others.
     """
     name = type(variant).__name__
     if variant.shard is not None or shard.d_sae != variant.d_sae:
@@ -30,6 +30,8 @@ def shard_(variant: Variant, shard: Shard) -> None:
             f"{name} has d_sae = {variant.d_sae}{', sharded already' if variant.shard else ''}; a shard of "
             f"{shard.d_sae} latents does not fit: make it with Shard.of(variant.d_sae, group), once"
         )
+    if reason := variant.exempt_checks.get("latents"):
+        raise ConfigError(f"{name} cannot share out its latents: {reason}; let devices share the rows instead")
     if variant.d_sae in (variant.d_in, variant.d_out):
         raise ConfigError(
             f"d_sae = {variant.d_sae} is also a width of the data ({variant.d_in} to {variant.d_out}), and latents "
