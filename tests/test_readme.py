@@ -35,6 +35,8 @@ SHORTER: dict[tuple[str, ...], list[str]] = {
     ("saeforge", "features", "show"): [],
     ("saeforge", "features", "search"): [],
     ("saeforge", "steer"): ["--max_new_tokens", "4"],
+    ("saeforge", "export"): [],
+    ("saeforge", "import"): [],
     ("saeforge", "variants"): [],
     ("saeforge", "new-variant"): [],
     ("saeforge", "bench-synthetic"): ["--variants", "[topk]", "--samples", "20480", "--seeds", "1", "--l0", "[8]"],

@@ -72,4 +72,4 @@ def _wanted(files: Sequence[str], inside: str, patterns: Sequence[str]) -> list[
 def _nothing(location: str, files: Sequence[str], inside: str) -> str:
     folders = sorted({str(PurePosixPath(file).parent) for file in files if file.startswith(inside)} - {"."})
     some = f"; it has the folders {', '.join(folders[:5])}{', ...' if len(folders) > 5 else ''}" if folders else ""
-    return f"{location} holds no SAE's files{some}; give the folder of one SAE"
+    return f"{location} holds no SAE's files{some}; give the folder, or the file, of one SAE"

@@ -18,7 +18,7 @@ class QwenScope(Format):
     """Qwen-Scope: SAEs of the residual stream; path names the file of one layer, in a folder named as on the hub."""
 
     title = "Qwen-Scope"
-    files = ("layer*.sae.pt",)
+    files = ()  # of a hub one file is fetched, the one that the path names: all layers are tens of gigabytes
 
     def recognises(self, path: Path) -> bool:
         """By the name of the file, or of the only such file in a folder."""
