@@ -88,7 +88,8 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
     _there(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened:  # by us: numpy leaves it open where it is damaged
+            file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
             return {name: torch.from_numpy(np.ascontiguousarray(file[name])) for name in file.files}

@@ -92,7 +92,8 @@ def _scales(place: Path, config: dict[str, Any]) -> tuple[float, float]:
     if not isinstance(norms, dict):
         raise CheckpointError(f"{place}: dataset_average_activation_norm is {norms!r}, expected numbers 'in' and 'out'")
     root = number(place, config, "d_model", int) ** 0.5
-    given = [number(place, norms, key, float) for key in ("in", "out")]
+    named = {f"dataset_average_activation_norm.{key}": norms.get(key) for key in ("in", "out")}
+    given = [number(place, named, key, float) for key in named]
     if min(given) <= 0:
         raise CheckpointError(f"{place}: dataset_average_activation_norm {given}: expected positive numbers")
     return root / given[0], root / given[1]
