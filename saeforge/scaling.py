@@ -128,10 +128,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run lies on its devices: `data` groups of `latents` devices; a device has d_sae / latents latents.
-
-    DDP is latents = 1. Each group sees its own rows; devices of one group see the same.
-    """
+    """`data` groups, each with rows of its own, of `latents` devices with d_sae / latents each. DDP is latents = 1."""
 
     data: int = 1
     latents: int = 1

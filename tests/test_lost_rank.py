@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -221,7 +222,9 @@ class Falter(Callback):
         os.kill(os.getpid(), signal.Signals[self.how])
 
 
-def falter(tmp_path: Path, rank: int, how: str, timeout: float) -> tuple[int, str, float]:
+def falter(
+    tmp_path: Path, rank: int, how: str, timeout: float, launcher: tuple[str, ...] = tuple(CLI)
+) -> tuple[int, str, float]:
     """Starts a fit of two ranks, one of which falters at step 30 of 60: exit code, what was printed, and seconds."""
     callback = json.dumps(
         {"class_path": "tests.test_lost_rank.Falter", "init_args": {"rank": rank, "step": 30, "how": how}}
@@ -233,7 +236,7 @@ def falter(tmp_path: Path, rank: int, how: str, timeout: float) -> tuple[int, st
         begin = time.monotonic()
         # A session of its own: what is left of the run is found, and ended, whatever happens.
         process = subprocess.Popen(
-            [*CLI, *args, f"--trainer.callbacks={callback}"],
+            [*launcher, *args, f"--trainer.callbacks={callback}"],
             stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
         try:
@@ -306,3 +309,17 @@ def test_a_faltering_rank_ends_the_run_with_its_name(
     assert reason in said, said
     assert seconds < 100
     assert_resumable(tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_s_processes_watch_each_other_too(tmp_path: Path) -> None:
+    """Its agent holds the store; a stopped process it would wait for."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "--", "saeforge.cli.main"]
+    code, said, _ = falter(tmp_path, 1, "SIGSTOP", 6.0, (sys.executable, "-m", *launch))
+    assert code == 1, said
+    assert "rank 1 (process" in said, said
+    assert "(stopped); go on with" in said, said
+    assert_saved(tmp_path / "run")
