@@ -210,6 +210,8 @@ def test_the_bytes_of_a_step_are_those_of_the_formulas(compute: torch.dtype) -> 
         assert step == {"gather": ROWS * k * v, "sum": ROWS * D * c + D * v + clip}
     for step in sent("topk", {"k": 20, "aux": 0.0}):
         assert step["gather"] == ROWS * (D_SAE // n) * v
+    for step in sent("topk", {"k": k, "multi_k": 4, "aux": 0.0}):
+        assert step == {"gather": ROWS * (D_SAE // n + k) * v, "sum": 2 * ROWS * D * c + D * v + clip}
     for step in sent("gated", {}):
         assert step == {"sum": 2 * ROWS * D * c + D * v + v + clip}
     for step in sent("l1_relu", {}):
@@ -219,6 +221,9 @@ def test_the_bytes_of_a_step_are_those_of_the_formulas(compute: torch.dtype) -> 
         for step in sent("batchtopk", {"k": k, "aux": 0.0}):
             assert step["sum"] == choice + ROWS * D * c + D * v + clip
             assert step["minimum"] == v  # the threshold that the SAE keeps
+    if "matryoshka" in INSTALLED:
+        for step in sent("matryoshka", {"k": k, "groups": [4, 8], "selection": "topk", "aux": 0.0}):
+            assert step == {"gather": ROWS * k * v, "sum": 3 * ROWS * D * c + D * v + clip}
 
 
 def test_dead_latents_add_a_second_reconstruction_and_their_candidates() -> None:

@@ -5,16 +5,18 @@ optimizer state. Inside `latents_over(shard)` the functions of `saeforge.ops` wo
 exchange what a choice or a sum over all latents needs, never weights or their gradients. What a rank hands over in a
 step of B rows, d wide, with values of v bytes (4 in fp32) and a decoder product of c bytes (2 in bf16, else v):
 
-    top-k           gather   B min(k, F/n) v    values of a row's own k largest
-    batch top-k     sum      8 (3 * 2^11 + F)   counts of `across.largest` in fp32, for each choice; gather 8
-    decode          sum      B d c              the partial reconstructions
+    top-k           gather   B min(k, F/n) v    values of a row's own k largest; multi_k once more with k
+    batch top-k     sum      8 (3 * 2^11 + F)   counts of `across.largest` in fp32, for each choice; gather 8; sum 4
+    decode          sum      B d c              the partial reconstructions; as often as rows were cut (multi_k 2,
+                                                Matryoshka one a prefix), and once more for a gate's own
     pre-bias        sum      d v                the gradient of what is subtracted from the input
     AuxK            sum      B d c              beside the decode, while any latent is dead
                     gather   B min(k_aux, m) c  while more are dead than k_aux; m is the most dead latents of a rank
     mean_entries    sum      v                  a penalty that sums over latents
     RowAdam's clip  sum      8                  the squared norm of gradients
 
-Thresholds need no exchange to choose. Every rank computes the same loss, to the bit, as it comes of the same sums.
+Thresholds need no exchange to choose. Rows of a code are ragged here, so that a step reads how many entries there are
+from the device, top-k's too. Every rank computes the same loss, to the bit, as it comes of the same sums.
 """
 
 from __future__ import annotations
