@@ -47,9 +47,12 @@ def test_a_configuration_is_accepted(config: Path, capsys: pytest.CaptureFixture
     assert command, "the first lines say the command"
     assert ROOT / command[2] == config
     given = yaml.safe_load(config.read_text())
-    variant = given.get("model", {}).get("variant", {}).get("class_path") if command[1] == "fit" else None
-    if variant in OF_PLUGINS and variant not in VARIANTS.names():
-        pytest.skip(f"{OF_PLUGINS[variant]} is not installed")
+    model = given.get("model", {}) if command[1] == "fit" else {}
+    for entry in [model, *model.get("sweep", {}).values()]:
+        variant = (entry or {}).get("variant")
+        variant = variant.get("class_path") if isinstance(variant, dict) else variant
+        if variant in OF_PLUGINS and variant not in VARIANTS.names():
+            pytest.skip(f"{OF_PLUGINS[variant]} is not installed")
     with pytest.raises(SystemExit) as stopped:
         main([command[1], "--config", str(config), "--print_config"])
     assert stopped.value.code in (0, None)
