@@ -19,10 +19,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(autouse=True)
 def _restore_process() -> Iterator[None]:
-    """Environment variables, working directory, argv, sys.path and the warning filters end as they began."""
+    """Environment, working directory, argv, sys.path, warning filters and wandb's run end as they began."""
     environment, folder, argv, path = dict(os.environ), os.getcwd(), list(sys.argv), list(sys.path)  # noqa: PTH109
     with warnings.catch_warnings():
         yield
+    wandb = sys.modules.get("wandb")
+    if getattr(wandb, "run", None) is not None:  # a logger never closes its run, and the next one would warn of it
+        wandb.finish()  # type: ignore[union-attr]
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
