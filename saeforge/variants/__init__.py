@@ -30,6 +30,7 @@ from saeforge.variants.start import (
     random_unit_rows,
 )
 from saeforge.variants.topk import TopK
+from saeforge.variants.unit_decoder import UnitDecoder
 
 __all__ = [
     "SAE",
@@ -49,6 +50,7 @@ __all__ = [
     "StepOutput",
     "TopK",
     "Unfolded",
+    "UnitDecoder",
     "Variant",
     "anneal",
     "check_pre_bias",

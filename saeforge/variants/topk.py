@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from saeforge.data.batch import Batch
 from saeforge.errors import ConfigError
 from saeforge.ops import TopK as SelectTopK
-from saeforge.ops import decode, decode_beside, encode, encode_beside
+from saeforge.ops import decode_beside, encode_beside
 from saeforge.sae import SAE
 from saeforge.schedules import anneal
-from saeforge.variants.auxk import AuxK
-from saeforge.variants.base import Variant
 from saeforge.variants.contract import DataStatistics, Recipe, ScheduleValues, StepOutput
 from saeforge.variants.start import (
     InputScale,
-    check_pre_bias,
-    geometric_median,
-    least_squares_factor,
-    mean_norm_of_others,
     random_unit_rows,
 )
+from saeforge.variants.unit_decoder import UnitDecoder
 
 log = logging.getLogger("saeforge.variants")
 
@@ -34,7 +28,7 @@ EncoderInit = Literal["least_squares", "unit_probes", "tied"]
 
 
 @final
-class TopK(Variant):
+class TopK(UnitDecoder):
     """The k largest latents of each token (Gao et al., "Scaling and evaluating sparse autoencoders", arXiv 2406.04093).
 
     `f = ReLU(TopK(W_enc (x - b_dec) + b_enc))`, `x_hat = f W_dec + b_dec`, loss `mse / mse_of_the_mean + aux * AuxK`:
@@ -62,8 +56,6 @@ class TopK(Variant):
         input_scale: "rms", "sqrt_d" or "none".
     """
 
-    mse_of_mean: Tensor
-
     def __init__(
         self,
         d_in: int,
@@ -81,7 +73,7 @@ class TopK(Variant):
         pre_bias: bool = True,
         input_scale: InputScale = "rms",
     ) -> None:
-        super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
+        super().__init__(d_in, d_out, d_sae=d_sae, aux=aux, k_aux=k_aux, pre_bias=pre_bias, input_scale=input_scale)
         if not 1 <= k <= d_sae:
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
         most = max(k, k_start or k)
@@ -96,15 +88,9 @@ class TopK(Variant):
             )
         if encoder_init not in ("least_squares", "unit_probes", "tied"):
             raise ConfigError(f"encoder_init {encoder_init!r}: expected 'least_squares', 'unit_probes' or 'tied'")
-        self.k, self.encoder_init, self.pre_bias = k, encoder_init, pre_bias
+        self.k, self.encoder_init = k, encoder_init
         self.k_start, self.k_anneal_share = k_start, k_anneal_share
         self.multi_k, self.multi_k_weight = multi_k, multi_k_weight
-        self.auxk = AuxK.of(aux, k_aux, d_in)
-        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out))
-        self.b_dec = nn.Parameter(torch.zeros(d_out))
-        self.register_buffer("mse_of_mean", torch.ones(()))
 
     @torch.no_grad()
     def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
@@ -112,38 +98,18 @@ class TopK(Variant):
 
         Without the tied start most latents die (Gao et al., section 2.4).
         """
-        check_pre_bias(self.pre_bias, x, target)
-        self.set_scale(stats)
-        self.mse_of_mean.fill_(max(sum(stats.target.variance) * self.target_scale.item() ** 2, 1e-30))
-        self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator))
-        same = self.d_in == self.d_out
-        self.W_enc.copy_(self.W_dec if same else random_unit_rows(self.d_sae, self.d_in, generator))
-        self.b_enc.zero_()
-        self.b_dec.copy_(geometric_median(target[:32768].to(self.b_dec.dtype) * self.target_scale))
-        self.W_enc.mul_(self._encoder_scale(x, target, generator))
-        if not self.pre_bias:
-            center = torch.tensor(stats.input.mean, dtype=self.b_enc.dtype, device=self.b_enc.device) * self.scale
-            self.b_enc.copy_(-self.W_enc @ center)
+        self.start_(stats, x, target, generator)
+        self.lengthen_(self._encoder_scale(x, target, generator), stats)
 
     def _encoder_scale(self, x: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """The factor that `encoder_init` asks for, with the weights as they are."""
-        one = torch.ones_like(self.scale)
         if self.encoder_init == "tied":
-            return one
+            return torch.ones_like(self.scale)
         if self.encoder_init == "unit_probes":
             probes = random_unit_rows(256, self.d_in, generator, latents=False).to(self.W_enc)
-            norms: Tensor = self._reconstruct(probes).norm(dim=1)
+            norms: Tensor = self.first_reconstruction(probes, SelectTopK(self.k)).norm(dim=1)
             return norms.mean().reciprocal()
-        every = max(1, len(x) // 4096)
-        rows = x[::every].to(self.W_enc) * self.scale
-        center = self.b_dec if self.pre_bias else rows.mean(0)
-        rebuilt = self._reconstruct(rows - center)
-        wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
-        return least_squares_factor(wanted, rebuilt)
-
-    def _reconstruct(self, shifted: Tensor) -> Tensor:
-        code = encode(shifted, self.W_enc, None, SelectTopK(self.k))
-        return decode(code.with_values(code.values.relu()), self.W_dec)
+        return self.best_length(x, target, SelectTopK(self.k))
 
     def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
         """`k`, if it changes: linear from `k_start` to `k` over `k_anneal_share` of the run, rounded."""
@@ -155,11 +121,10 @@ class TopK(Variant):
     def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
         """Terms `mse` (over that of predicting the mean), `multi_mse` (the same with `multi_k * k`) and `aux`."""
         x, target = self.scaled(batch)
-        shift = self.b_dec if self.pre_bias else None
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
         k = int(schedule.get("k", self.k))
         select = SelectTopK(k * (self.multi_k or 1))
-        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, select, dead, shift=shift, dtype=dtype)
+        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, select, dead, shift=self.shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         dead_values = None if dead is None else self.auxk.values(self, dead_pre)
         terms = {}
@@ -180,28 +145,9 @@ class TopK(Variant):
             terms["aux"] = none if dead is None else self.auxk.term(self, error, dead_rebuilt, batch.weight)
         return self.output(terms, code, squared_error)
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Decoder rows of norm 1; the rest free."""
-        return [
-            {"params": [self.W_dec], "constraint": "unit_norm"},
-            {"params": [self.W_enc, self.b_enc, self.b_dec], "constraint": None},
-        ]
-
     def recipe(self, total_steps: int) -> Recipe:
         """Adam(0.9, 0.999, eps 6.25e-10), lr 2e-4 / sqrt(d_sae / 2^14), constant, gradient norm at most 1."""
         return Recipe(lr=2e-4 / (self.d_sae / 2**14) ** 0.5, eps=6.25e-10)
-
-    @torch.no_grad()
-    def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
-        """Decoder rows point at the rows, the encoder at them without the pre-encoder bias, as long as the others'.
-
-        Not at 0.2 of that, as a ReLU's: a latent that is never among the k largest gets no gradient.
-        """
-        shifted = x - self.b_dec if self.pre_bias else x
-        self.W_dec[latents] = F.normalize(target, dim=1)
-        self.W_enc[latents] = F.normalize(shifted, dim=1) * mean_norm_of_others(self.W_enc, latents)
-        self.b_enc[latents] = 0.0
-        return [self.W_dec, self.W_enc, self.b_enc]
 
     @torch.no_grad()
     def unfold_(self, sae: SAE) -> None:
@@ -218,13 +164,9 @@ class TopK(Variant):
                 had,
                 self.k,
             )
-        self.W_enc.copy_(weights.W_enc)
-        self.b_enc.copy_(weights.b_enc + weights.W_enc @ weights.b_dec if self.pre_bias else weights.b_enc)
-        self.W_dec.copy_(weights.W_dec)
-        self.b_dec.copy_(weights.b_dec)
+        self.take_(weights)
 
     @torch.no_grad()
     def fold(self) -> SAE:
         """Rule `topk`."""
-        shift = self.b_dec if self.pre_bias else None
-        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, shift=shift, k=self.k)
+        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, shift=self.shift, k=self.k)

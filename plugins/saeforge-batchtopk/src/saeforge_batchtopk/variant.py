@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import BatchTopK, decode, decode_beside, encode, encode_beside
+from saeforge.ops import BatchTopK, decode_beside, encode_beside
 from saeforge.variants import (
     SAE,
-    AuxK,
     Batch,
     BatchThreshold,
     DataStatistics,
@@ -21,18 +19,13 @@ from saeforge.variants import (
     Recipe,
     ScheduleValues,
     StepOutput,
-    Variant,
+    UnitDecoder,
     anneal,
-    check_pre_bias,
-    geometric_median,
-    least_squares_factor,
-    mean_norm_of_others,
-    random_unit_rows,
 )
 
 
 @final
-class BatchTopKSAE(Variant):
+class BatchTopKSAE(UnitDecoder):
     """The k * B largest latents of a batch of B rows (Bussmann et al., "BatchTopK", arXiv 2412.06410).
 
     `f = BatchTopK(ReLU(W_enc (x - b_dec) + b_enc))`, `x_hat = f W_dec + b_dec`, loss
@@ -54,8 +47,6 @@ class BatchTopKSAE(Variant):
         input_scale: "rms", "sqrt_d" or "none".
     """
 
-    mse_of_mean: Tensor
-
     def __init__(
         self,
         d_in: int,
@@ -70,42 +61,21 @@ class BatchTopKSAE(Variant):
         pre_bias: bool = True,
         input_scale: InputScale = "rms",
     ) -> None:
-        super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
+        super().__init__(d_in, d_out, d_sae=d_sae, aux=aux, k_aux=k_aux, pre_bias=pre_bias, input_scale=input_scale)
         for name, value in (("k", k), ("k_start", k if k_start is None else k_start)):
             if not 0 < value <= d_sae:
                 raise ConfigError(f"{name} = {value} with d_sae = {d_sae}: expected 0 < {name} <= d_sae")
         if not 0 <= k_anneal_share <= 1:
             raise ConfigError(f"k_anneal_share = {k_anneal_share}: expected a share between 0 and 1")
-        self.k, self.k_start, self.k_anneal_share, self.pre_bias = k, k_start, k_anneal_share, pre_bias
-        self.auxk = AuxK.of(aux, k_aux, d_in)
+        self.k, self.k_start, self.k_anneal_share = k, k_start, k_anneal_share
         self.threshold = BatchThreshold()
         self._select = BatchTopK(k)
-        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out))
-        self.b_dec = nn.Parameter(torch.zeros(d_out))
-        self.register_buffer("mse_of_mean", torch.ones(()))
 
     @torch.no_grad()
     def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
         """Unit decoder rows; encoder = decoder, as long as reconstructs best; b_dec the geometric median."""
-        check_pre_bias(self.pre_bias, x, target)
-        self.set_scale(stats)
-        self.mse_of_mean.fill_(max(sum(stats.target.variance) * self.target_scale.item() ** 2, 1e-30))
-        self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator))
-        same = self.d_in == self.d_out
-        self.W_enc.copy_(self.W_dec if same else random_unit_rows(self.d_sae, self.d_in, generator))
-        self.b_enc.zero_()
-        self.b_dec.copy_(geometric_median(target[:32768].to(self.b_dec.dtype) * self.target_scale))
-        every = max(1, len(x) // 4096)
-        rows = x[::every].to(self.W_enc) * self.scale
-        centre = self.b_dec if self.pre_bias else rows.mean(0)
-        code = encode(rows - centre, self.W_enc, None, BatchTopK(self.k))
-        wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
-        self.W_enc.mul_(least_squares_factor(wanted, decode(code.with_values(code.values.relu()), self.W_dec)))
-        if not self.pre_bias:
-            mean = torch.tensor(stats.input.mean, dtype=self.b_enc.dtype, device=self.b_enc.device)
-            self.b_enc.copy_(-self.W_enc @ (mean * self.scale))
+        self.start_(stats, x, target, generator)
+        self.lengthen_(self.best_length(x, target, BatchTopK(self.k)), stats)
 
     def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
         """`k`, if it changes: linear from `k_start` to `k` over `k_anneal_share` of the run."""
@@ -117,11 +87,10 @@ class BatchTopKSAE(Variant):
     def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
         """Terms `mse` (over that of predicting the mean) and `aux`."""
         x, target = self.scaled(batch)
-        shift = self.b_dec if self.pre_bias else None
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
         self._select.mean = schedule.get("k", self.k)
         self._select.group = self.run.group
-        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=shift, dtype=dtype)
+        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=self.shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         self.threshold.follow(code.values[: code.nnz], self.run.group, self.run.total_steps)
         dead_values = None if dead is None else self.auxk.values(self, dead_pre)
@@ -134,25 +103,9 @@ class BatchTopKSAE(Variant):
             terms["aux"] = none if dead is None else self.auxk.term(self, error, dead_rebuilt, batch.weight)
         return self.output(terms, code, squared_error)
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Decoder rows of norm 1; the rest free."""
-        return [
-            {"params": [self.W_dec], "constraint": "unit_norm"},
-            {"params": [self.W_enc, self.b_enc, self.b_dec], "constraint": None},
-        ]
-
     def recipe(self, total_steps: int) -> Recipe:
         """Adam(0.9, 0.99), lr 3e-4, constant; gradient norm at most 1 (the paper's 1e5 is none; others clip at 1)."""
         return Recipe(lr=3e-4, betas=(0.9, 0.99))
-
-    @torch.no_grad()
-    def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
-        """Decoder rows point at the rows, the encoder at them without the pre-encoder bias, as long as the others'."""
-        shifted = x - self.b_dec if self.pre_bias else x
-        self.W_dec[latents] = F.normalize(target, dim=1)
-        self.W_enc[latents] = F.normalize(shifted, dim=1) * mean_norm_of_others(self.W_enc, latents)
-        self.b_enc[latents] = 0.0
-        return [self.W_dec, self.W_enc, self.b_enc]
 
     @torch.no_grad()
     def unfold_(self, sae: SAE) -> None:
@@ -168,15 +121,11 @@ class BatchTopKSAE(Variant):
                 f"init_from: BatchTopKSAE starts from SAEs with one threshold for all latents, this one has {had}; "
                 f"train variant {'topk' if weights.threshold is None else 'gated or jumprelu'} instead"
             )
-        self.W_enc.copy_(weights.W_enc)
-        self.b_enc.copy_(weights.b_enc + weights.W_enc @ weights.b_dec if self.pre_bias else weights.b_enc)
-        self.W_dec.copy_(weights.W_dec)
-        self.b_dec.copy_(weights.b_dec)
+        self.take_(weights)
         self.threshold.value.copy_(weights.threshold.mean())
 
     @torch.no_grad()
     def fold(self) -> SAE:
         """Rule `threshold`, the same for all latents."""
-        shift = self.b_dec if self.pre_bias else None
         threshold = self.threshold.value.to(self.b_enc.dtype).expand_as(self.b_enc)
-        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, shift=shift, threshold=threshold)
+        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, shift=self.shift, threshold=threshold)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import BatchTopK, TopK, decode, decode_beside, encode, encode_beside
+from saeforge.ops import BatchTopK, TopK, decode_beside, encode_beside
 from saeforge.variants import (
     SAE,
-    AuxK,
     Batch,
     BatchThreshold,
     DataStatistics,
@@ -21,18 +19,13 @@ from saeforge.variants import (
     Recipe,
     ScheduleValues,
     StepOutput,
-    Variant,
-    check_pre_bias,
-    geometric_median,
-    least_squares_factor,
-    mean_norm_of_others,
-    random_unit_rows,
+    UnitDecoder,
 )
 from saeforge_matryoshka.prefixes import group_ends, random_ends
 
 
 @final
-class Matryoshka(Variant):
+class Matryoshka(UnitDecoder):
     """Nested dictionaries in one (Bussmann et al. 2025, arXiv 2503.17547; Nabeshima 2024).
 
     `f = select(ReLU(W_enc (x - b_dec) + b_enc))` over all latents at once, and for the prefix m of the dictionary
@@ -60,7 +53,6 @@ class Matryoshka(Variant):
         input_scale: "rms", "sqrt_d" or "none".
     """
 
-    mse_of_mean: Tensor
     ends: Tensor
     weights: Tensor
 
@@ -81,7 +73,7 @@ class Matryoshka(Variant):
         pre_bias: bool = True,
         input_scale: InputScale = "rms",
     ) -> None:
-        super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
+        super().__init__(d_in, d_out, d_sae=d_sae, aux=aux, k_aux=k_aux, pre_bias=pre_bias, input_scale=input_scale)
         if not 1 <= k <= d_sae:
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
         if selection not in ("batch_topk", "topk"):
@@ -99,40 +91,19 @@ class Matryoshka(Variant):
             raise ConfigError(
                 f"group_weights = {given}: expected {len(ends)} weights of at least 0, and one above 0 for the whole"
             )
-        self.k, self.selection, self.pre_bias = k, selection, pre_bias
+        self.k, self.selection = k, selection
         self.random_prefixes, self.prefix_exponent = random_prefixes, prefix_exponent
-        self.auxk = AuxK.of(aux, k_aux, d_in)
         self.threshold = BatchThreshold()
         self._select = BatchTopK(k) if selection == "batch_topk" else TopK(k)
-        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out))
-        self.b_dec = nn.Parameter(torch.zeros(d_out))
-        self.register_buffer("mse_of_mean", torch.ones(()))
         self.register_buffer("ends", torch.tensor(ends), persistent=False)
         self.register_buffer("weights", torch.tensor(given), persistent=False)
 
     @torch.no_grad()
     def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
         """Unit decoder rows; encoder = decoder, as long as reconstructs best; b_dec the geometric median."""
-        check_pre_bias(self.pre_bias, x, target)
-        self.set_scale(stats)
-        self.mse_of_mean.fill_(max(sum(stats.target.variance) * self.target_scale.item() ** 2, 1e-30))
-        self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator))
-        same = self.d_in == self.d_out
-        self.W_enc.copy_(self.W_dec if same else random_unit_rows(self.d_sae, self.d_in, generator))
-        self.b_enc.zero_()
-        self.b_dec.copy_(geometric_median(target[:32768].to(self.b_dec.dtype) * self.target_scale))
-        every = max(1, len(x) // 4096)
-        rows = x[::every].to(self.W_enc) * self.scale
-        centre = self.b_dec if self.pre_bias else rows.mean(0)
+        self.start_(stats, x, target, generator)
         select = BatchTopK(self.k) if self.selection == "batch_topk" else TopK(self.k)
-        code = encode(rows - centre, self.W_enc, None, select)
-        wanted = target[::every].to(self.W_dec) * self.target_scale - self.b_dec
-        self.W_enc.mul_(least_squares_factor(wanted, decode(code.with_values(code.values.relu()), self.W_dec)))
-        if not self.pre_bias:
-            mean = torch.tensor(stats.input.mean, dtype=self.b_enc.dtype, device=self.b_enc.device)
-            self.b_enc.copy_(-self.W_enc @ (mean * self.scale))
+        self.lengthen_(self.best_length(x, target, select), stats)
 
     def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
         """None."""
@@ -141,11 +112,10 @@ class Matryoshka(Variant):
     def step(self, batch: Batch, schedule: ScheduleValues) -> StepOutput:
         """Terms `mse` (mean over prefixes, over that of predicting the mean) and `aux`."""
         x, target = self.scaled(batch)
-        shift = self.b_dec if self.pre_bias else None
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
         if isinstance(self._select, BatchTopK):
             self._select.group = self.run.group
-        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=shift, dtype=dtype)
+        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=self.shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         if self.selection == "batch_topk":
             self.threshold.follow(code.values[: code.nnz], self.run.group, self.run.total_steps)
@@ -169,25 +139,9 @@ class Matryoshka(Variant):
         generator = torch.Generator().manual_seed(self.observed())
         return random_ends(self.random_prefixes, self.d_sae, self.prefix_exponent, generator).to(self.ends.device)
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Decoder rows of norm 1; the rest free."""
-        return [
-            {"params": [self.W_dec], "constraint": "unit_norm"},
-            {"params": [self.W_enc, self.b_enc, self.b_dec], "constraint": None},
-        ]
-
     def recipe(self, total_steps: int) -> Recipe:
         """Adam(0.9, 0.99), lr 3e-4, constant, gradient norm at most 1."""
         return Recipe(lr=3e-4, betas=(0.9, 0.99))
-
-    @torch.no_grad()
-    def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
-        """Decoder rows point at the rows, the encoder at them without the pre-encoder bias, as long as the others'."""
-        shifted = x - self.b_dec if self.pre_bias else x
-        self.W_dec[latents] = F.normalize(target, dim=1)
-        self.W_enc[latents] = F.normalize(shifted, dim=1) * mean_norm_of_others(self.W_enc, latents)
-        self.b_enc[latents] = 0.0
-        return [self.W_dec, self.W_enc, self.b_enc]
 
     @torch.no_grad()
     def unfold_(self, sae: SAE) -> None:
@@ -209,19 +163,15 @@ class Matryoshka(Variant):
                 "init_from: Matryoshka under batch_topk starts from SAEs with one threshold for all latents; this one "
                 f"has {'top-k: set variant.selection to topk' if weights.threshold is None else 'one for each'}"
             )
-        self.W_enc.copy_(weights.W_enc)
-        self.b_enc.copy_(weights.b_enc + weights.W_enc @ weights.b_dec if self.pre_bias else weights.b_enc)
-        self.W_dec.copy_(weights.W_dec)
-        self.b_dec.copy_(weights.b_dec)
+        self.take_(weights)
         if weights.threshold is not None:
             self.threshold.value.copy_(weights.threshold.mean())
 
     @torch.no_grad()
     def fold(self) -> SAE:
         """Rule `threshold`, the same for all latents; `topk` under that selection."""
-        shift = self.b_dec if self.pre_bias else None
         weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
         if self.selection == "topk":
-            return self.folded(*weights, shift=shift, k=self.k)
+            return self.folded(*weights, shift=self.shift, k=self.k)
         threshold = self.threshold.value.to(self.b_enc.dtype).expand_as(self.b_enc)
-        return self.folded(*weights, shift=shift, threshold=threshold)
+        return self.folded(*weights, shift=self.shift, threshold=threshold)
