@@ -140,9 +140,11 @@ def test_a_bf16_product_has_the_gradient_of_fp32_but_for_rounding() -> None:
     assert (rounded - exact).norm() < 0.02 * exact.norm()  # five roundings to 8 bits, 2^-9 each
 
 
-def test_an_sae_that_reconstructs_its_input_has_no_skip_path() -> None:
+def test_an_sae_that_reconstructs_its_input_has_no_skip_path(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"run": tmp_path / "run", "d_sae": 64, "k": 4, "progress": False}
     with pytest.raises(ConfigError, match=r"model\.skip = true, but the target is the input.*data\.target"):
-        saeforge.train(toy_rows(2048), training={"skip": True}, d_sae=64, k=4, progress=False)
+        saeforge.train(toy_rows(2048), training={"skip": True}, **options)
+    assert not (tmp_path / "run").exists()  # it is refused before folders are made and loggers start
 
 
 class StopAt(Callback):

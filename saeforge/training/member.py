@@ -114,6 +114,18 @@ class Member(nn.Module):
 
     # Set-up ------------------------------------------------------------------------------------------------------
 
+    def check(self, pair: Pair) -> None:
+        """Whether it can learn this pair.
+
+        Raises:
+            ConfigError: a skip path for an SAE that reconstructs its input.
+        """
+        if self.skip is not None and pair.targets == pair.inputs:
+            raise ConfigError(
+                "model.skip = true, but the target is the input, which the skip path would copy; give data.target "
+                "(a transcoder), or leave skip out"
+            )
+
     def prepare(self, pair: Pair, statistics: tuple[Statistics, ...], run: RunSettings) -> None:
         """Binds the SAE to its data and to the run.
 
@@ -123,8 +135,9 @@ class Member(nn.Module):
             run: settings of the run.
 
         Raises:
-            ConfigError: a skip path for an SAE that reconstructs its input.
+            ConfigError: see `check`.
         """
+        self.check(pair)
         of_input, of_target = (tuple(statistics[number] for number in part) for part in (pair.inputs, pair.targets))
         if len(of_input) > 1:
             run = replace(run, sources=tuple(len(part.mean) for part in of_input))
@@ -135,12 +148,6 @@ class Member(nn.Module):
             Statistics.beside(of_input), Statistics.beside(of_target), of_input, of_target
         )
         self.total_variance = sum(self._statistics.target.variance)
-        if self.skip is not None:
-            if pair.targets == pair.inputs:
-                raise ConfigError(
-                    "model.skip = true, but the target is the input, which the skip path would copy; give data.target "
-                    "(a transcoder), or leave skip out"
-                )
         self.variant.bind(run)
         self._schedules = self.variant.schedules(run.total_steps)
         if self.target_l0 is not None:

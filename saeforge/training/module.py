@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from saeforge.data.source import BlockSource, Rows
+from saeforge.data.source import BlockSource, Pair, Rows
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.metrics import Reconstruction
 from saeforge.ops import Group
@@ -135,6 +135,19 @@ class SAEModule(LightningModule):
             raise ConfigError(f"model.sweep: two SAEs are called {twice[0]!r}; rename one of the sweep")
         return names
 
+    def check(self, source: BlockSource) -> None:
+        """Whether the SAEs can learn what the data holds; before folders are made and loggers start.
+
+        Raises:
+            ConfigError: see `Member.check`.
+        """
+        for member, pair in self._with_pairs(source):
+            member.check(pair)
+
+    def _with_pairs(self, source: BlockSource) -> Iterator[tuple[Member, Pair]]:
+        pairs = [pair for pair in source.pairs for _ in self._entries]
+        return zip(self.members, pairs, strict=True)
+
     @property
     def data(self) -> ActivationData:
         """The run's data module."""
@@ -157,8 +170,7 @@ class SAEModule(LightningModule):
             raise ConfigError(f"trainer.precision = {precision}: expected 32-true or bf16-mixed")
         data, total = self.data, self.trainer.max_steps
         rows = data.source.sample(INITIAL_ROWS) if stage == "fit" else ()
-        pairs = [pair for pair in data.source.pairs for _ in self._entries]
-        for member, pair in zip(self.members, pairs, strict=True):
+        for member, pair in self._with_pairs(data.source):
             dead_after = member.settings.dead_after_tokens
             if dead_after is None:
                 dead_after = min(10_000_000, total * data.rows_per_step // 20)

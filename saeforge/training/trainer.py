@@ -140,6 +140,7 @@ class SAETrainer(Trainer):
             ckpt_path = str(last_checkpoint(Path(self.default_root_dir)))
         if ckpt_path is not None and not Path(ckpt_path).is_file():
             raise CheckpointError(f"no checkpoint at {ckpt_path}; expected a file such as RUN/checkpoints/last.ckpt")
+        model.check(datamodule.source)
         if self.run_folder is not None:
             make_folder(self.run_folder.run)
         if model.swept:
