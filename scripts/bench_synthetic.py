@@ -10,13 +10,15 @@ The small protocol (2,048 features in 256 dimensions, 512 latents, 20 million ro
 Ours and theirs alternate run by run. Runs are saved one by one; the same command goes on after an interruption. Both
 get the same number of rows, batch size, constant learning rate and threads; all else is each side's own default or
 recommended recipe (PEERS below). L0 is that of the saved SAE on held-out rows; where it is tuned by a penalty, measures
-are interpolated linearly between two runs next to the wanted L0. Both are judged by saeforge's measures; SAELens's own
-ones of its SAEs are kept beside them, and must agree.
+are interpolated linearly between two runs next to the wanted L0. With `--match l1_relu=4` SAELens trains once a seed,
+at this value of its own penalty, and it is ours that is brought to the L0 it got there: a third of the hours. Both are
+judged by saeforge's measures; SAELens's own ones of its SAEs are kept beside them, and must agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -34,7 +36,7 @@ from saeforge.benchmark.run import following
 from saeforge.benchmark.search import Knob
 from saeforge.data.synthetic import PRESETS, SyntheticFiles, SyntheticSource, write_rows
 from saeforge.errors import SaeforgeError
-from saeforge.sae import SAE
+from saeforge.formats import read
 
 PEER_SCRIPT = Path(__file__).with_name("bench_synthetic_peer.py")
 
@@ -68,9 +70,9 @@ PEERS: dict[str, Peer] = {
         "l0_warm_up_steps",
     ),
 }
-#: Options of ours that make the architecture the same.
+#: Options of ours that make the architecture the same; matryoshka's widths are those of `matryoshka_widths`.
 OURS: dict[str, dict[str, Any]] = {"jumprelu": {"loss": "quadratic"}}
-KNOBS = {"jumprelu": "target:8:rising"}
+KNOBS = {"jumprelu": "l0_target:8:rising"}
 
 
 def matryoshka_widths(d_sae: int) -> list[int]:
@@ -108,7 +110,7 @@ def train_peer(
         }
         run_peer(python, job)
         result = json.loads((Path(name) / "result.json").read_text())
-        measures = judge(read_peer(Path(name)), source)
+        measures = judge(read(name, "saelens"), source)
     for key in ("l0", "mcc", "f1", "explained_variance"):
         # Where a value is near a threshold, two products of the same numbers differ in their last bits.
         if abs(measures[key] - result["own"][key]) > 2e-3 * max(1.0, abs(measures[key])):
@@ -132,37 +134,34 @@ def run_peer(python: str, job: dict[str, Any]) -> None:
         raise SaeforgeError(f"the peer's process failed with code {done.returncode}; its message stands above")
 
 
-def read_peer(folder: Path) -> SAE:
-    """SAELens's saved SAE as one of ours: topk, or a threshold (ReLU: 0; gated: where the gate opens)."""
-    from safetensors.torch import load_file
-
-    config = json.loads((folder / "cfg.json").read_text())
-    weights = {name: tensor.float() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
-    W_enc, W_dec, b_dec = weights["W_enc"].T, weights["W_dec"], weights["b_dec"]
-    kind = config["architecture"]
-    rule: dict[str, Any]
-    if kind == "topk":
-        b_enc, rule = weights["b_enc"], {"rule": "topk", "k": config["k"]}
-    elif kind == "gated":
-        rate, b_enc = weights["r_mag"].exp(), weights["b_mag"]
-        W_enc = W_enc * rate[:, None]
-        rule = {"rule": "threshold", "threshold": (b_enc - rate * weights["b_gate"]).clamp_min(0.0)}
-    elif kind in ("standard", "jumprelu"):
-        b_enc = weights["b_enc"]
-        rule = {"rule": "threshold", "threshold": weights.get("threshold", torch.zeros_like(b_enc)).clamp_min(0.0)}
-    else:
-        raise SaeforgeError(f"SAELens saved architecture {kind!r}; expected topk, gated, standard or jumprelu")
-    if config.get("apply_b_dec_to_input", True):
-        b_enc = b_enc - W_enc @ b_dec
-    return SAE(W_enc.contiguous(), b_enc, W_dec, b_dec, **rule)
-
-
 def train_ours(data: Path, protocol: Protocol, variant: str, knob: Knob, value: float, seed: int) -> dict[str, Any]:
     """Trains and judges one of ours."""
     source = SyntheticFiles(data, rows=protocol.samples)
     options = {**OURS.get(variant, {}), knob.option: int(value) if knob.exact else value}
+    if variant == "matryoshka":
+        ends = [0, *matryoshka_widths(protocol.d_sae), protocol.d_sae]
+        options["groups"] = [end - start for start, end in itertools.pairwise(ends)]
     sae, seconds = train_one(source, protocol, variant, options, seed)
     return {**judge(sae, source), "seconds": seconds, "options": options, "version": None, "torch": torch.__version__}
+
+
+def peer_l0(cells: Cells, variant: str, seed: int) -> float | None:
+    """L0 of the peer's only run of a seed, which ours is matched to; None: not trained yet."""
+    runs = cells.of(variant=variant, side="theirs", seed=seed)
+    return float(runs[0]["l0"]) if runs else None
+
+
+def next_run(
+    arguments: argparse.Namespace, cells: Cells, variant: str, side: str, knob: Knob, target: float, seed: int
+) -> float | None:
+    """The setting to train next for one side; None: nothing is missing."""
+    match = arguments.match.get(variant)
+    if match is None:
+        return following(cells, variant, side, knob, target, seed)
+    reached = peer_l0(cells, variant, seed)
+    if side == "theirs":
+        return match if reached is None else None
+    return None if reached is None else following(cells, variant, side, knob, reached, seed)
 
 
 def benchmark(arguments: argparse.Namespace, protocol: Protocol, cells: Cells) -> None:
@@ -170,37 +169,59 @@ def benchmark(arguments: argparse.Namespace, protocol: Protocol, cells: Cells) -
     for seed in range(arguments.seeds):
         for target in arguments.l0:
             for variant in arguments.variants:
-                knobs = {"ours": knob_of(variant, KNOBS, OURS.get(variant, {}), target), "theirs": PEERS[variant].knob}
+                knobs = {"theirs": PEERS[variant].knob, "ours": knob_of(variant, KNOBS, OURS.get(variant, {}), target)}
                 if arguments.peer_python is None:
                     del knobs["theirs"]
                 going = True
                 while going:
                     going = False
                     for side, knob in knobs.items():
-                        value = following(cells, variant, side, knob, target, seed)
+                        value = next_run(arguments, cells, variant, side, knob, target, seed)
                         if value is None:
                             continue
                         going = True
-                        if side == "ours":
-                            record = train_ours(arguments.data, protocol, variant, knob, value, seed)
-                        else:
-                            record = train_peer(
-                                arguments.peer_python,
-                                arguments.data,
-                                protocol,
-                                PEERS[variant],
-                                value,
-                                seed,
-                                arguments.threads,
-                            )
                         about = {"variant": variant, "side": side, "seed": seed, "target": target, "value": value}
-                        cells.add({**about, "exact": knob.exact, **record})
-                        print(
-                            f"{variant:10} {side:6} seed {seed}  {knob.option} {value:.5g}  L0 {record['l0']:.2f}  "
-                            f"F1 {record['f1']:.4f}  MCC {record['mcc']:.4f}  EV {record['explained_variance']:.4f}  "
-                            f"dead {record['dead']}  {record['seconds']:.0f} s",
-                            flush=True,
-                        )
+                        cells.add({**about, "exact": knob.exact, **run_one(arguments, protocol, variant, knob, about)})
+                        say(cells.content["cells"][-1], knob)
+
+
+def run_one(
+    arguments: argparse.Namespace, protocol: Protocol, variant: str, knob: Knob, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Trains and judges the SAE that `about` names."""
+    if about["side"] == "ours":
+        return train_ours(arguments.data, protocol, variant, knob, about["value"], about["seed"])
+    python, threads = arguments.peer_python, arguments.threads
+    return train_peer(python, arguments.data, protocol, PEERS[variant], about["value"], about["seed"], threads)
+
+
+def say(record: dict[str, Any], knob: Knob) -> None:
+    """A line about a run that is done."""
+    print(
+        f"{record['variant']:10} {record['side']:6} seed {record['seed']}  {knob.option} {record['value']:.5g}  "
+        f"L0 {record['l0']:.2f}  F1 {record['f1']:.4f}  MCC {record['mcc']:.4f}  "
+        f"EV {record['explained_variance']:.4f}  dead {record['dead']}  {record['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def parse_matches(given: list[str]) -> dict[str, float]:
+    """`VARIANT=VALUE` of the variants whose L0 is tuned.
+
+    Raises:
+        SaeforgeError: anything else.
+    """
+    matches = {}
+    for text in given:
+        variant, _, value = text.partition("=")
+        if variant not in PEERS or PEERS[variant].knob.exact:
+            tuned = ", ".join(name for name, peer in PEERS.items() if not peer.knob.exact)
+            raise SaeforgeError(f"--match {text}: expected one of {tuned}, then = and the value of SAELens's option")
+        try:
+            matches[variant] = float(value)
+        except ValueError as error:
+            raise SaeforgeError(f"--match {text}: {value!r} is no number") from error
+    return matches
 
 
 def main() -> None:
@@ -211,6 +232,13 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--variants", nargs="+", default=["topk", "l1_relu", "gated"], choices=sorted(PEERS))
     parser.add_argument("--l0", nargs="+", type=float, help="wanted L0; default: the preset's first")
+    parser.add_argument(
+        "--match",
+        nargs="*",
+        default=[],
+        metavar="VARIANT=VALUE",
+        help="one run of SAELens a seed; ours at the L0 it got",
+    )
     parser.add_argument("--samples", type=int, help="rows of a run; default: the preset's")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--seeds", type=int, default=3)
@@ -218,6 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON with every run")
     parser.add_argument("--report", type=Path, help="Markdown")
     arguments = parser.parse_args()
+    arguments.match = parse_matches(arguments.match)
     torch.set_num_threads(arguments.threads)
     base = PROTOCOLS[arguments.preset]
     given = {"samples": arguments.samples, "batch_size": arguments.batch_size}
@@ -232,7 +261,7 @@ def main() -> None:
     cells = Cells(arguments.out, header)
     benchmark(arguments, protocol, cells)
     if arguments.report is not None:
-        write_report(cells, arguments.variants, arguments.l0, arguments.report)
+        write_report(cells, arguments.variants, arguments.l0, arguments.match, arguments.report)
 
 
 if __name__ == "__main__":

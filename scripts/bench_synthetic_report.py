@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from saeforge.benchmark.cells import Cells
 from saeforge.benchmark.report import Summary, markdown, plot, summarise, table
+from saeforge.benchmark.search import between, found
 from saeforge.evaluation.ground_truth import CONVENTIONS
 
 
@@ -32,15 +34,36 @@ def verdict(ours: Summary, theirs: Summary) -> str:
     return f"{better}{ratio:.1f} times as fast: {'; '.join(faults) or 'holds'}"
 
 
-def write_report(cells: Cells, variants: Sequence[str], targets: Sequence[float], path: Path) -> None:
+def matched(cells: Cells, variant: str) -> list[Summary]:
+    """Ours and theirs where the peer's only run of a seed sets the L0, and ours was brought to it."""
+    both: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    missing = []
+    for peer in cells.of(variant=variant, side="theirs"):
+        runs = cells.of(variant=variant, side="ours", seed=peer["seed"])
+        pair = found([(run["value"], run["l0"]) for run in runs], peer["l0"])
+        if pair is None:
+            missing.append(peer["seed"])
+            continue
+        both["theirs"].append(peer)
+        both["ours"].append(between(runs[pair[0]], runs[pair[1]], peer["l0"]))
+    target = sum(peer["l0"] for peer in both["theirs"]) / max(len(both["theirs"]), 1)
+    return [
+        Summary(variant, side, round(target, 2), tuple(records), tuple(missing) if side == "ours" else ())
+        for side, records in both.items()
+    ]
+
+
+def write_report(
+    cells: Cells, variants: Sequence[str], targets: Sequence[float], match: Collection[str], path: Path
+) -> None:
     """Writes the Markdown file, a plot beside it, and all runs as JSON beside it."""
     protocol = cells.content["header"]["protocol"]
     summaries, verdicts = [], []
     for variant in variants:
-        for target in targets:
-            pair = [summarise(cells, variant, target, side=side) for side in ("ours", "theirs")]
+        pairs = [[summarise(cells, variant, target, side=side) for side in ("ours", "theirs")] for target in targets]
+        for pair in [matched(cells, variant)] if variant in match else pairs:
             summaries += [summary for summary in pair if summary.records]
-            verdicts.append([variant, f"{target:g}", verdict(*pair)])
+            verdicts.append([variant, f"{pair[0].target:g}", verdict(*pair)])
     versions = sorted({cell["version"] for cell in cells.of(side="theirs")})
     lines = [
         f"# Known features: saeforge beside SAELens {', '.join(versions)}",
@@ -49,7 +72,8 @@ def write_report(cells: Cells, variants: Sequence[str], targets: Sequence[float]
         f"{protocol['batch_size']:,}, constant lr {protocol['lr']:g}, {protocol['precision']}, "
         f"{cells.content['header']['threads']} threads; made by `scripts/bench_synthetic.py`, whose head says how. "
         "Mean ± standard deviation over seeds, at the wanted L0 of the saved SAE on held-out rows; where a penalty "
-        "sets it, interpolated linearly between the two runs around it (seconds too). Seconds are of training alone.",
+        "sets it, interpolated linearly between the two runs around it (seconds too). Seconds are of training alone."
+        + (f" Of {', '.join(match)} the peer trains once a seed, and ours is brought to its L0." if match else ""),
         "",
         markdown(table(summaries, sides=True)),
         "It holds if mean F1 and MCC are at least the peer's minus one pooled standard deviation, in at most half of "

@@ -1,7 +1,8 @@
-"""scripts/bench_synthetic*.py without the peer: its saved SAEs read as ours, the rows it reads, the verdict."""
+"""scripts/bench_synthetic*.py without the peer: the rows it reads, what is matched to what, the verdict."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from saeforge.benchmark.cells import Cells
 from saeforge.benchmark.report import Summary
@@ -26,59 +26,6 @@ Script = Callable[[str], Any]
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
     return importlib.import_module
-
-
-def saved(folder: Path, config: dict[str, Any], **more: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Random weights in SAELens's layout (x @ W_enc, acts @ W_dec): 6 inputs, 10 latents."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    weights = {"W_enc": draw(6, 10), "W_dec": draw(10, 6), "b_dec": draw(6), **more}
-    save_file(weights, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps({"apply_b_dec_to_input": True, **config}))
-    return weights
-
-
-X = torch.randn(50, 6, generator=torch.Generator().manual_seed(4))
-BIAS = torch.randn(10, generator=torch.Generator().manual_seed(5)) / 2
-
-
-class TestSavedByThePeer:
-    @pytest.mark.parametrize("shifted", [True, False])
-    def test_standard(self, script: Script, tmp_path: Path, shifted: bool) -> None:
-        w = saved(tmp_path, {"architecture": "standard", "apply_b_dec_to_input": shifted}, b_enc=BIAS)
-        acts = ((X - w["b_dec"] * shifted) @ w["W_enc"] + BIAS).relu()
-        self.compare(script, tmp_path, w, acts)
-
-    def test_topk(self, script: Script, tmp_path: Path) -> None:
-        w = saved(tmp_path, {"architecture": "topk", "k": 3}, b_enc=BIAS)
-        acts = (X - w["b_dec"]) @ w["W_enc"] + BIAS
-        kept = acts >= acts.topk(3, dim=1).values[:, -1:]
-        self.compare(script, tmp_path, w, (acts * kept).relu())
-
-    def test_jumprelu(self, script: Script, tmp_path: Path) -> None:
-        threshold = BIAS.abs() * 3
-        w = saved(tmp_path, {"architecture": "jumprelu"}, b_enc=BIAS, threshold=threshold)
-        acts = (X - w["b_dec"]) @ w["W_enc"] + BIAS
-        self.compare(script, tmp_path, w, acts * (acts > threshold) * (acts > 0))
-
-    def test_gated(self, script: Script, tmp_path: Path) -> None:
-        r_mag, b_mag = BIAS.flip(0), BIAS * 2
-        w = saved(tmp_path, {"architecture": "gated"}, b_gate=BIAS, b_mag=b_mag, r_mag=r_mag)
-        pi = (X - w["b_dec"]) @ w["W_enc"]
-        self.compare(script, tmp_path, w, (pi + BIAS > 0) * (pi * r_mag.exp() + b_mag).relu())
-
-    def test_others_are_refused(self, script: Script, tmp_path: Path) -> None:
-        saved(tmp_path, {"architecture": "temporal"}, b_enc=BIAS)
-        with pytest.raises(SaeforgeError, match="'temporal'"):
-            script("bench_synthetic").read_peer(tmp_path)
-
-    def compare(self, script: Script, folder: Path, w: dict[str, torch.Tensor], acts: torch.Tensor) -> None:
-        sae = script("bench_synthetic").read_peer(folder)
-        torch.testing.assert_close(sae.encode(X).to_dense(), acts, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(sae(X), acts @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-5)
 
 
 def test_the_peer_reads_rows_and_bits_in_file_order(script: Script, tmp_path: Path) -> None:
@@ -121,6 +68,51 @@ class TestVerdict:
         )
 
 
+class TestMatched:
+    """Penalties of both sides differ: the peer trains once a seed, and ours is brought to the L0 it got."""
+
+    @staticmethod
+    def cells(tmp_path: Path, ours: list[tuple[float, float, float]]) -> Cells:
+        cells = Cells(tmp_path / "cells.json", {})
+        cells.add(
+            {"variant": "l1_relu", "side": "theirs", "seed": 0, "value": 4.0, "l0": 7.5, "f1": 0.5, "exact": False}
+        )
+        for value, l0, f1 in ours:
+            record = {"variant": "l1_relu", "side": "ours", "seed": 0, "value": value, "l0": l0, "f1": f1}
+            cells.add({**record, "exact": False, "target": 8.0})
+        return cells
+
+    def test_ours_is_interpolated_at_theirs(self, script: Script, tmp_path: Path) -> None:
+        ours, theirs = script("bench_synthetic_report").matched(
+            self.cells(tmp_path, [(2.0, 8.0, 0.6), (3.0, 7.0, 0.4)]), "l1_relu"
+        )
+        assert (ours.target, theirs.target) == (7.5, 7.5)
+        assert (ours.mean("f1"), theirs.mean("f1")) == (0.5, 0.5)
+
+    def test_a_seed_without_a_match_is_missing(self, script: Script, tmp_path: Path) -> None:
+        ours, theirs = script("bench_synthetic_report").matched(self.cells(tmp_path, [(2.0, 12.0, 0.6)]), "l1_relu")
+        assert ours.records == theirs.records == ()
+        assert ours.missing == (0,)
+
+    def test_the_peer_runs_once_and_then_ours_towards_it(self, script: Script, tmp_path: Path) -> None:
+        module = script("bench_synthetic")
+        arguments = argparse.Namespace(match=module.parse_matches(["l1_relu=4"]))
+        knob = module.PEERS["l1_relu"].knob
+        empty = Cells(tmp_path / "empty.json", {})
+        assert module.next_run(arguments, empty, "l1_relu", "theirs", knob, 8.0, 0) == 4.0
+        assert module.next_run(arguments, empty, "l1_relu", "ours", knob, 8.0, 0) is None
+        cells = self.cells(tmp_path, [(2.0, 12.0, 0.6)])
+        assert module.next_run(arguments, cells, "l1_relu", "theirs", knob, 8.0, 0) is None
+        value = module.next_run(arguments, cells, "l1_relu", "ours", knob, 8.0, 0)
+        assert value is not None
+        assert value > 2.0  # fewer latents: a larger penalty
+
+    @pytest.mark.parametrize("text", ["topk=8", "l1_relu", "l1_relu=much", "unknown=1"])
+    def test_bad_matches(self, script: Script, text: str) -> None:
+        with pytest.raises(SaeforgeError, match=f"--match {text}"):
+            script("bench_synthetic").parse_matches([text])
+
+
 def test_the_report_stands_beside_its_plot_and_runs(script: Script, tmp_path: Path) -> None:
     cells = Cells(
         tmp_path / "cells.json",
@@ -140,7 +132,7 @@ def test_the_report_stands_beside_its_plot_and_runs(script: Script, tmp_path: Pa
             "version": "6.54",
         }
         cells.add({**about, "l0": 7.9, "f1": 0.5, "mcc": 0.6, "explained_variance": 0.8, "seconds": seconds})
-    script("bench_synthetic_report").write_report(cells, ["topk"], [8.0], tmp_path / "docs" / "report.md")
+    script("bench_synthetic_report").write_report(cells, ["topk"], [8.0], {}, tmp_path / "docs" / "report.md")
     text = (tmp_path / "docs" / "report.md").read_text()
     assert "| topk | 8 | F1 +0.0000, MCC +0.0000, 3.0 times as fast: holds |" in text
     assert (tmp_path / "docs" / "report.svg").exists()
