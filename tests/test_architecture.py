@@ -27,6 +27,7 @@ FLOORS: list[set[str]] = [
     {"training", "steering"},
     {"pages", "benchmark"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TESTING = "testing"  # beside the house: floors 0 to 4 when it is imported, 6 inside functions

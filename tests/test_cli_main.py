@@ -170,7 +170,7 @@ def test_a_defect_keeps_its_traceback(command: Install, error: Exception) -> Non
 def test_a_closed_pipe_ends_the_command_quietly() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "saeforge.cli.main", "--help"]
+    command = [sys.executable, "-m", "saeforge", "--help"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
