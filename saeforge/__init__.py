@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from saeforge.features import build_features as build_features
     from saeforge.features.concepts import concept_table as concept_table
     from saeforge.formats import load as load
+    from saeforge.formats.publish import push as push
     from saeforge.harvest import harvest as harvest
     from saeforge.harvest.inputs import harvest_inputs as harvest_inputs
     from saeforge.sae import SAE as SAE
@@ -46,6 +47,7 @@ _PUBLIC = {
     "harvest": "saeforge.harvest",
     "harvest_inputs": "saeforge.harvest.inputs",
     "load": "saeforge.formats",
+    "push": "saeforge.formats.publish",
     "steer": "saeforge.steering",
     "train": "saeforge.training.train",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "harvest",
     "harvest_inputs",
     "load",
+    "push",
     "steer",
     "train",
 ]
