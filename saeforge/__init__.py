@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from saeforge.steering import Add as Add
     from saeforge.steering import Clamp as Clamp
     from saeforge.steering import Scale as Scale
+    from saeforge.steering import Splice as Splice
+    from saeforge.steering import attached as attached
     from saeforge.steering import steer as steer
     from saeforge.training.train import train as train
 
@@ -38,7 +40,9 @@ _PUBLIC = {
     "SAE": "saeforge.sae",
     "SaeforgeError": "saeforge.errors",
     "Scale": "saeforge.steering",
+    "Splice": "saeforge.steering",
     "agreement": "saeforge.evaluation",
+    "attached": "saeforge.steering",
     "bench_synthetic": "saeforge.benchmark",
     "build_features": "saeforge.features",
     "concept_table": "saeforge.features.concepts",
@@ -59,7 +63,9 @@ __all__ = [
     "FeatureStore",
     "SaeforgeError",
     "Scale",
+    "Splice",
     "agreement",
+    "attached",
     "bench_synthetic",
     "build_features",
     "concept_table",
