@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from saeforge.features import build_features as build_features
     from saeforge.features.concepts import concept_table as concept_table
     from saeforge.formats import load as load
+    from saeforge.formats.publish import push as push
     from saeforge.harvest import harvest as harvest
     from saeforge.harvest.inputs import harvest_inputs as harvest_inputs
     from saeforge.sae import SAE as SAE
     from saeforge.steering import Add as Add
     from saeforge.steering import Clamp as Clamp
     from saeforge.steering import Scale as Scale
+    from saeforge.steering import Splice as Splice
+    from saeforge.steering import attached as attached
     from saeforge.steering import steer as steer
     from saeforge.training.train import train as train
 
@@ -37,7 +40,9 @@ _PUBLIC = {
     "SAE": "saeforge.sae",
     "SaeforgeError": "saeforge.errors",
     "Scale": "saeforge.steering",
+    "Splice": "saeforge.steering",
     "agreement": "saeforge.evaluation",
+    "attached": "saeforge.steering",
     "bench_synthetic": "saeforge.benchmark",
     "build_features": "saeforge.features",
     "concept_table": "saeforge.features.concepts",
@@ -46,6 +51,7 @@ _PUBLIC = {
     "harvest": "saeforge.harvest",
     "harvest_inputs": "saeforge.harvest.inputs",
     "load": "saeforge.formats",
+    "push": "saeforge.formats.publish",
     "steer": "saeforge.steering",
     "train": "saeforge.training.train",
 }
@@ -57,7 +63,9 @@ __all__ = [
     "FeatureStore",
     "SaeforgeError",
     "Scale",
+    "Splice",
     "agreement",
+    "attached",
     "bench_synthetic",
     "build_features",
     "concept_table",
@@ -66,6 +74,7 @@ __all__ = [
     "harvest",
     "harvest_inputs",
     "load",
+    "push",
     "steer",
     "train",
 ]

@@ -83,6 +83,8 @@ def run(argv: Sequence[str]) -> int:
     sae.save(run_folder / "sae")
     print(f"{sae} read as {sae.meta['imported']['format']}, written to {run_folder}/sae")
     print(_origin(sae, options.path))
+    if note := _processing(sae, options.path):
+        print(f"note: {note}")
     return 0
 
 
@@ -97,3 +99,17 @@ def _origin(sae: SAE, path: str) -> str:
         f"note: {path} says {' at '.join(words[:2]) or 'nothing'} about its model; to steer, or to evaluate by "
         "the model's loss, import it with --model and --site"
     )
+
+
+def _processing(sae: SAE, path: str) -> str | None:
+    """How its activations may have been others than those of a HuggingFace model, for people."""
+    from saeforge.data.site_names import processing_note
+
+    said = sae.meta["imported"]
+    theirs = said["metadata"] if isinstance(said.get("metadata"), dict) else said
+    options = theirs.get("model_from_pretrained_kwargs")
+    known = isinstance(options, dict)
+    note = processing_note(str(theirs.get("hook_name") or ""), options if known else None)
+    if note is None:
+        return None
+    return f"{note}; {path} {'was trained on the others' if known else 'does not say which it was trained on'}"

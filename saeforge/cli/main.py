@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "steer": ("saeforge.cli.steer", "generate text with latents clamped, scaled or added, beside the plain text"),
     "export": ("saeforge.cli.export", "write an autoencoder in the files of another tool"),
     "import": ("saeforge.cli.import_", "read an autoencoder that another tool wrote"),
+    "push": ("saeforge.cli.push", "upload an autoencoder, its figures and a model card to the HuggingFace hub"),
+    "card": ("saeforge.cli.card", "print the model card of an autoencoder"),
     "bench-synthetic": ("saeforge.cli.bench_synthetic", "judge variants on activations whose features are known"),
     "variants": ("saeforge.cli.variants", "list the kinds of autoencoder: built-in ones and installed plugins"),
     "new-variant": ("saeforge.cli.new_variant", "make a package with a variant of your own, working and tested"),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saeforge.data.moments import Moments, Statistics
+from saeforge.data.site_names import parse_alias
 from saeforge.errors import DatasetError
 
 __all__ = [
@@ -152,6 +153,8 @@ class Manifest:
             raise DatasetError(f"{root} holds several sites, name one of them: {known}")
         names = {name, f"{name}:out"}
         found = [site for site in self.sites if {site.id, site.folder, site.alias} & names]
+        if not found and (place := parse_alias(name)) is not None:  # resid_post.3 is blocks.3.hook_resid_post
+            found = [site for site in self.sites if site.alias is not None and parse_alias(site.alias) == place]
         if len(found) != 1:
             raise DatasetError(f"{root} holds no site {name!r}; it holds: {known}")
         return found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -30,24 +31,53 @@ def fetch(location: str, formats: Sequence[Format]) -> Path:
     _, name, revision, inside = found.groups()
     try:
         from huggingface_hub import HfApi, hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     except ImportError as error:
-        raise CheckpointError(f"{location}: needs the package huggingface_hub; pip install huggingface_hub") from error
+        raise CheckpointError(f"{location}: needs the package huggingface_hub; pip install 'saeforge[hub]'") from error
+    patterns = [pattern for format in formats for pattern in format.files]
     try:
         files = HfApi().list_repo_files(name, revision=revision)
-        wanted = _wanted(files, inside or "", [pattern for format in formats for pattern in format.files])
+        wanted = _wanted(files, inside or "", patterns)
         if not wanted:
             raise CheckpointError(_nothing(location, files, inside or ""))
         places = [Path(hf_hub_download(name, file, revision=revision)) for file in wanted]
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{location}: the hub does not give it ({reason}); check name, login and network"
-        ) from error
+    # The second ones: what huggingface_hub is built on reports a lost connection by errors of its own.
+    except (OSError, *HfHubHTTPError.__bases__, HFValidationError, ValueError) as error:
+        # What the hub answers is so; where it does not answer, what was fetched before serves.
+        answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+        snapshot = None if answered else _cached(name, revision)
+        files = [] if snapshot is None else sorted(f.relative_to(snapshot).as_posix() for f in snapshot.rglob("*.*"))
+        wanted = _wanted(files, inside or "", patterns)
+        if snapshot is None or not wanted:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"{location}: the hub does not give it ({reason}); check name, login and network"
+            ) from error
+        if not isinstance(error, OfflineModeIsEnabled):  # which asks for just this
+            warnings.warn(f"{location}: the hub cannot be reached; the copy in its cache is used", stacklevel=2)
+        places = [snapshot / file for file in wanted]
     if inside in files:
         return places[wanted.index(inside)]
     up = len(PurePosixPath(wanted[0]).relative_to(inside or ".").parts)
     return places[0].parents[up - 1]
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The folder of a repository's revision (branch, tag, commit or its beginning) in the cache; None without one."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return None
+    wanted = revision or "main"
+    for repo in repos:
+        if repo.repo_type == "model" and repo.repo_id == name:
+            for known in repo.revisions:
+                if wanted in known.refs or (len(wanted) >= 7 and known.commit_hash.startswith(wanted)):
+                    return Path(known.snapshot_path)
+    return None
 
 
 def _wanted(files: Sequence[str], inside: str, patterns: Sequence[str]) -> list[str]:

@@ -31,7 +31,11 @@ def attach(model: nn.Module, site: Site, see: See) -> RemovableHandle:
     Raises:
         ConfigError: the model has no such module; when it runs: the module has no floating tensor there.
     """
-    module = site_module(model, site)
+    return attach_to(site_module(model, site), site, see)
+
+
+def attach_to(module: nn.Module, site: Site, see: See) -> RemovableHandle:
+    """The same for a module that is at hand; `site` says whether its input or its output, and names it in errors."""
 
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Attention gets hidden_states by keyword in transformers 5, layers get it by position.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from saeforge.data.site_names import INSIDE, parse_alias
 from saeforge.errors import ConfigError
 from saeforge.lm.causal import CausalLM, load_causal_lm
 from saeforge.lm.load import LoadedModel, load_model, load_tokenizer, own_code_error
@@ -143,7 +144,8 @@ def describe_origin(
     hidden = getattr(loaded.model.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
     found = {}
     for name, place, width in zip(("site", "target"), loaded.sites, widths, strict=False):
-        if place.alias is not None and hidden not in (None, width):
+        kind = parse_alias(place.alias or "")
+        if kind is not None and kind[0] not in INSIDE and hidden not in (None, width):
             raise ConfigError(
                 f"{place.alias} of model {model!r} is {hidden} wide, this SAE is {width} there; check the model"
             )

@@ -3,9 +3,10 @@
 A site id is `module.path:in` (the module's first input) or `module.path:out` (its output); `:out` may be left out.
 Paths are those of the base model (`AutoModel`); the prefix of a head model (`model.`, `transformer.`) is accepted.
 
-Aliases, K being a layer: `resid_pre.K`, `resid_post.K`, `attn_out.K`, `mlp_out.K`, and TransformerLens'
-`blocks.K.hook_resid_pre` and so on. An alias means what is added to, or stands in, the residual stream. `mlp_in.K` is
-what the MLP reads, after its norm: the input of a transcoder to `mlp_out.K`.
+Aliases, K being a layer: `resid_pre.K`, `resid_mid.K`, `resid_post.K`, `attn_out.K` and `mlp_out.K` mean what stands
+in, or is added to, the residual stream; `attn_in.K` and `mlp_in.K` what attention and MLP read, after their norm (the
+input of a transcoder to `mlp_out.K`); `attn_z.K` what the heads, side by side, give to the output projection;
+`mlp_act.K` the MLP's neurons. TransformerLens's names of these places are understood: `blocks.K.hook_resid_post` etc.
 
 `*`, `?` and `[...]` in a name or alias stand for several sites: `resid_post.*`, `resid_post.[0-3]`, `layers.*.mlp`.
 """
@@ -20,14 +21,23 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from saeforge.data.site_names import KINDS, no_equal_place, parse_alias
 from saeforge.errors import ConfigError
 
-_KINDS = ("resid_pre", "resid_post", "resid_mid", "attn_out", "mlp_in", "mlp_out")
-_ALIAS = re.compile(rf"(?:blocks\.(\d+)\.hook_(\w+)|({'|'.join(_KINDS)})\.(\d+))")
 # In order of preference: the child of a layer whose output is added to the residual stream.
 _ATTENTION = ("attention.output.dense", "self_attn", "attn", "attention", "self_attention")
+_ATTENTION_IN = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "ffn", "output.dense")
 _MLP_IN = ("mlp", "feed_forward", "ffn", "intermediate")
+# Its input is all heads side by side, and all neurons after the nonlinearity.
+_HEADS_OUT = (
+    *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "self_attention.dense"),
+    *("attn.c_proj", "attn.attention.out_proj", "attention.dense", "attention.output.dense"),
+)
+_NEURONS_OUT = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "fc2", "output.dense")
+# Attention and MLP one after the other, and the norm between them reads the sum (elsewhere it stands after, or beside).
+_SEQUENTIAL = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gpt2", "gpt_neo")
+_NORM_BETWEEN = ("post_attention_layernorm", "ln_2")
 # Their attention and MLP modules add the residual themselves, so that the module's output is not what is added.
 _ADD_RESIDUAL_INSIDE = ("bloom", "mpt")
 
@@ -81,15 +91,17 @@ def resolve_sites(
     modules = dict(model.named_modules())
     sites: list[Site] = []
     for name in expand_patterns(names, list(modules), n_layers if layers is not None else 0):
-        alias = _ALIAS.fullmatch(name)
+        alias = parse_alias(name)
         if alias:
-            layer, kind = int(alias[1] or alias[4]), alias[2] or alias[3]
+            kind, layer = alias
             if layers is None:
                 raise ConfigError(f"site {name!r}: this model has no plain list of layers; give a module path instead")
             if layer >= n_layers:
                 raise ConfigError(f"site {name!r}: the model has {n_layers} layers, 0 to {n_layers - 1}")
             path, where = _expand(name, kind, f"{layers}.{layer}", modules, model_type)
             site = Site(path, where, name)
+        elif reason := no_equal_place(name):
+            raise ConfigError(f"site {name!r}: {reason}")
         else:
             path, where = name.rsplit(":", 1) if ":" in name else (name, "out")
             if where not in ("in", "out"):
@@ -118,7 +130,7 @@ def expand_patterns(names: Sequence[str], modules: Sequence[str], n_layers: int)
             continue
         kind = name.partition(".")[0]
         path, where = name.rsplit(":", 1) if ":" in name else (name, "")
-        if kind in _KINDS:
+        if kind in KINDS:
             like = [f"{kind}.{layer}" for layer in range(n_layers) if fnmatchcase(f"{kind}.{layer}", name)]
         else:
             ending = f":{where}" if where else ""
@@ -150,23 +162,25 @@ def _expand(name: str, kind: str, layer: str, modules: dict[str, nn.Module], mod
         return layer, "in"
     if kind == "resid_post":
         return layer, "out"
-    if kind == "mlp_in" and not name.startswith("blocks."):  # TransformerLens' hook_mlp_in is before the norm
-        for child in _MLP_IN:
-            if f"{layer}.{child}" in modules:
-                return f"{layer}.{child}", "in"
-    if kind in ("attn_out", "mlp_out") and model_type not in _ADD_RESIDUAL_INSIDE:
-        if f"{layer}.post_feedforward_layernorm" in modules:
+    if kind == "resid_mid":
+        # Sandwich norms (Gemma 2 and 3): the norm before the MLP reads the sum, the one after attention its output.
+        children = ("pre_feedforward_layernorm", *(_NORM_BETWEEN if model_type in _SEQUENTIAL else ()))
+    elif kind in ("attn_out", "mlp_out"):
+        children = _ATTENTION if kind == "attn_out" else _MLP
+        if model_type in _ADD_RESIDUAL_INSIDE:
+            children = ()
+        elif f"{layer}.post_feedforward_layernorm" in modules:
             # Sandwich norms (Gemma 2 and 3, OLMo 2): what is added is the output of the norm after the sublayer.
-            norm = "post_attention_layernorm" if kind == "attn_out" else "post_feedforward_layernorm"
-            return f"{layer}.{norm}", "out"
-        for child in _ATTENTION if kind == "attn_out" else _MLP:
-            if f"{layer}.{child}" in modules:
-                return f"{layer}.{child}", "out"
-    children = sorted(
-        path for path in modules if path.startswith(f"{layer}.") and path.count(".") == layer.count(".") + 1
-    )
+            children = ("post_attention_layernorm" if kind == "attn_out" else "post_feedforward_layernorm",)
+    else:
+        inputs = {"mlp_in": _MLP_IN, "attn_in": _ATTENTION_IN, "attn_z": _HEADS_OUT, "mlp_act": _NEURONS_OUT}
+        children = inputs[kind]
+    for child in children:
+        if f"{layer}.{child}" in modules:
+            return f"{layer}.{child}", "out" if kind in ("attn_out", "mlp_out") else "in"
+    known = sorted(path for path in modules if path.startswith(f"{layer}.") and path.count(".") == layer.count(".") + 1)
     raise ConfigError(
-        f"site {name!r}: {kind} has no known module here; give a module path, for example of: {', '.join(children)}"
+        f"site {name!r}: {kind} has no known module here; give a module path, for example of: {', '.join(known)}"
     )
 
 

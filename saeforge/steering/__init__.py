@@ -4,6 +4,7 @@ from saeforge.steering.audit import Audit
 from saeforge.steering.context import Steering, steer
 from saeforge.steering.edits import Add, Clamp, Edit, Scale, format_edits, parse_edit, parse_edits
 from saeforge.steering.scales import LatentScales, read_scales
+from saeforge.steering.splice import Splice, attached
 
 __all__ = [
     "Add",
@@ -12,7 +13,9 @@ __all__ = [
     "Edit",
     "LatentScales",
     "Scale",
+    "Splice",
     "Steering",
+    "attached",
     "format_edits",
     "parse_edit",
     "parse_edits",

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from saeforge.errors import ConfigError
 from saeforge.lm.origin import check_one_site
+from saeforge.ops import SparseCode
 from saeforge.sae import SAE
 from saeforge.steering.edits import Add, Clamp, Edit, Scale
 from saeforge.steering.scales import LatentScales
@@ -46,8 +47,16 @@ class Delta:
     changes: bool
 
     @classmethod
-    def of(cls, sae: SAE, edits: Mapping[int, Edit], scales: LatentScales | None) -> Delta:
+    def of(
+        cls, sae: SAE, edits: Mapping[int, Edit], scales: LatentScales | None, *, transcoders: bool = False
+    ) -> Delta:
         """Prepare edits, on the SAE's device.
+
+        Args:
+            sae: of which the latents are.
+            edits: by latent.
+            scales: sizes of units.
+            transcoders: the caller adds the change where a transcoder writes.
 
         Raises:
             ConfigError: no such latent, a unit whose size is not known, or an SAE that writes elsewhere than it reads.
@@ -55,7 +64,7 @@ class Delta:
         check_one_site(sae)
         target, site = sae.meta.get("target"), sae.meta.get("site")
         elsewhere = target and site and any(target[key] != site[key] for key in ("module_path", "where"))
-        if sae.W_skip is not None or elsewhere or sae.d_in != sae.d_out:
+        if not transcoders and (sae.W_skip is not None or elsewhere or sae.d_in != sae.d_out):
             raise ConfigError("steering: this is a transcoder, which writes elsewhere than it reads; give a plain SAE")
         for latent in edits:
             if not 0 <= latent < sae.d_sae:
@@ -86,11 +95,14 @@ class Delta:
         if self.W_enc is not None and self.threshold is not None:  # each latent decides for itself
             pre = F.linear(x.float(), self.W_enc, self.b_enc)
             return torch.where(pre > self.threshold, pre, torch.zeros_like(pre))
-        code = self.sae.encode(x)  # which are the k largest takes all of them
+        return self.values_of(self.sae.encode(x))  # which are the k largest takes all of them
+
+    def values_of(self, code: SparseCode) -> Tensor:
+        """Return the edited latents' values, fp32 (rows, E), of a code of the SAE's; differentiable in its values."""
         n = code.nnz
-        values = torch.zeros(x.shape[0], len(self.latents) + 1, device=x.device)
-        values[code.rows(), self.slots[code.indices[:n]]] = code.values[:n].float()
-        return values[:, :-1]
+        values = torch.zeros(code.n_rows, len(self.latents) + 1, device=code.values.device)
+        places = code.rows(), self.slots[code.indices[:n]]
+        return values.index_put(places, code.values[:n].float())[:, :-1]
 
     def change(self, f: Tensor) -> Tensor:
         """Return f' - f, (rows, E), of values f."""
