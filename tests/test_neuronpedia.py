@@ -288,4 +288,4 @@ def test_equal_logits_make_a_histogram_too(home: Path) -> None:
     lm = origin_of(load(home / "run")).load_causal()
     silent = SAE(torch.zeros(4, D), torch.zeros(4), torch.zeros(4, D), torch.zeros(D), rule="topk", k=1)
     logits = Unembedding(lm.model, silent)(0, 4)
-    assert logits.heights[:, 0].tolist() == [lm.model.lm_head.weight.shape[0]] * 4  # type: ignore[union-attr]
+    assert logits.heights[:, 0].tolist() == [lm.model.lm_head.weight.shape[0]] * 4  # type: ignore[union-attr, index]

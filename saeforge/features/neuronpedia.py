@@ -53,14 +53,16 @@ def release_of(run: str | Path, sae: SAE, *, layer: int | None = None, **given: 
     for key, name in names.items():
         if not _NAME.fullmatch(str(name)):
             raise ConfigError(f"{key} {name!r}: expected letters, digits, '_', '.' and '-'; it is a part of addresses")
-    optional = {key: given.get(key) for key in ("url", "dataset", "hf_repo", "hf_folder")}
     return Release(
         **names,
         layer=layer,
         title=given.get("title") or str(names["name"]),
         creator=given.get("creator") or "unknown",
         creator_id=given.get("creator_id") or CREATOR_ID,
-        **optional,
+        url=given.get("url"),
+        dataset=given.get("dataset"),
+        hf_repo=given.get("hf_repo"),
+        hf_folder=given.get("hf_folder"),
     )
 
 
