@@ -373,6 +373,7 @@ VARIANTS = PluginGroup("saeforge.variants", "saeforge.variants.base:Variant", _V
 """The SAE variants: the built-in ones and those of installed plugins."""
 
 _FORMATS = {
+    "circuit-tracer": "saeforge.formats.circuit_tracer:CircuitTracer",
     "dictionary_learning": "saeforge.formats.dictionary_learning:DictionaryLearning",
     "gemma_scope": "saeforge.formats.gemma_scope:GemmaScope",
     "gemma_scope_2": "saeforge.formats.gemma_scope:GemmaScope2",

@@ -18,7 +18,11 @@ def make_parser() -> OneLineParser:
     parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below.")
     parser.add_argument("run", type=str, help="RUN folder (runs/<name>), an sae/ folder, or another tool's.")
     parser.add_argument(
-        "--to", type=str, required=True, metavar="FORMAT", help="saelens, sparsify, dictionary_learning or native."
+        "--to",
+        type=str,
+        required=True,
+        metavar="FORMAT",
+        help="saelens, sparsify, dictionary_learning, native, or circuit-tracer (RUN: a transcoder of every layer).",
     )
     parser.add_argument("--out", type=str | None, default=None, help="Folder; default: RUN/exports/FORMAT.")
     return parser
@@ -43,7 +47,15 @@ def run(argv: Sequence[str]) -> int:
     if options.out is None and options.run.startswith("hf://"):
         raise ConfigError(f"{options.run} is not on this disk; say with --out where its export goes")
     out = Path(options.out or Path(options.run) / "exports" / options.to)
-    sae = formats.load(options.run)
-    formats.write(sae, out, options.to)
-    print(f"{sae} written to {out} as {options.to}")
+    if formats.holds_sets(options.to):
+        saes = formats.Stored(options.run)
+        formats.write_set(saes, out, options.to)
+        sae, written = saes[0], f"{len(saes)} SAEs like {saes[0]}"
+    else:
+        sae = formats.load(options.run)
+        formats.write(sae, out, options.to)
+        written = str(sae)
+    print(f"{written} written to {out} as {options.to}")
+    for note in formats.notes(sae, options.to):
+        print(f"note: {note}")
     return 0

@@ -1,4 +1,4 @@
-"""`saeforge features build|show|search|list|concepts RUN`: read the latents of a trained SAE."""
+"""`saeforge features build|show|search|list|concepts|export RUN`: read the latents of a trained SAE."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ commands:
   search RUN "WORDS"   latents that fire around these words, or are labelled with them
   list RUN             latents by density, count, max, ...
   concepts RUN         which latent is which label of labelled texts
+  export RUN           all latents in the files that Neuronpedia imports
 
 options:
   -h, --help  this text; `saeforge features COMMAND --help` for a command's options"""
@@ -46,6 +47,7 @@ def run(argv: Sequence[str]) -> int:
         "search": _search,
         "list": _list,
         "concepts": _concepts,
+        "export": _export,
     }
     return dispatch("features", commands, HELP, argv)
 
@@ -237,6 +239,52 @@ def _list(argv: list[str]) -> int:
         labels = ", ".join(label["label"] for label in feature.labels[:2])
         rows.append((str(feature.latent), *numbers, Text(labels), Text(" ".join(text.split()))))
     _print_table(("latent", "density", "max", "documents", "labels", "strongest"), rows)
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = make_parser("export", "Write all latents of RUN/features.sqlite in the files of another tool.")
+    parser.add_argument("--to", type=str, default="neuronpedia", help="neuronpedia: what it imports in bulk.")
+    parser.add_argument("--out", type=str | None, default=None, help="Folder; default: RUN/exports/neuronpedia.")
+    names = {
+        "model_id": "Name of the model there, for example gemma-2-2b; default: the last part of its name.",
+        "source_set": "Name of the set of SAEs; with the layer, 12-SET, that of this one. Default: the RUN's.",
+        "release": "Name of the release; default: that of the set.",
+        "title": "Of the release, for people.",
+        "creator": "Who made it.",
+        "creator_id": "The user there that owns the rows; default: that of a fresh instance.",
+        "url": "Of the release.",
+        "dataset": "Name of the text that was read.",
+        "hf_repo": "Repository of the weights on the HuggingFace hub.",
+        "hf_folder": "Folder of the weights in it.",
+    }
+    for name, text in names.items():
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
+    parser.add_argument("--layer", type=int | None, default=None, help="Default: the layer in the site's name.")
+    parser.add_argument("--model", type=str | None, default=None, help="Where the model is now, if it moved.")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="Run Python code that comes with the model; read it first.",
+    )
+    options = parser.parse_args(argv)
+    if options.to != "neuronpedia":
+        raise ConfigError(f"--to {options.to}: expected neuronpedia; weights are written by `saeforge export`")
+
+    from pathlib import Path
+
+    from saeforge.features.neuronpedia import export
+
+    source = export(
+        options.run,
+        options.out or Path(options.run) / "exports" / "neuronpedia",
+        layer=options.layer,
+        model=options.model,
+        trust_remote_code=options.trust_remote_code,
+        **{name: options[name] for name in names},
+    )
+    print(f"written to {source}; put it at v1/{source.parent.name}/{source.name} of the bucket that Neuronpedia reads")
     return 0
 
 

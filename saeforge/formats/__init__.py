@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from saeforge.errors import CheckpointError
+from saeforge.errors import CheckpointError, ConfigError
+from saeforge.formats.stored import Stored
 from saeforge.sae import META_FILE, SAE
 from saeforge.sae import load as load_own
 
@@ -80,15 +82,62 @@ def write(sae: SAE, path: str | Path, format: str) -> Path:
         CheckpointError: the folder is not empty, or the disk refused.
     """
     chosen = _format(format)
+    folder = _free(path)
+    chosen.check(sae)
+    return _whole(folder, lambda part: chosen.write(sae, part))
+
+
+def write_set(saes: Iterable[SAE], path: str | Path, format: str) -> Path:
+    """Writes the SAEs of all layers of a model in a format that holds them together.
+
+    Args:
+        saes: gone through several times: a list, or `Stored`, which loads them one at a time.
+        path: the folder; made, and must hold no files of another SAE.
+        format: name of such a format: circuit-tracer.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the format holds one SAE only, or cannot express these; the message says why.
+        CheckpointError: the folder is not empty, or the disk refused.
+    """
+    from saeforge.formats.base import SetFormat
+
+    chosen = _format(format)
+    if not isinstance(chosen, SetFormat):
+        raise ConfigError(f"{chosen.title} holds one SAE in a folder; write each in a folder of its own")
+    folder = _free(path)
+    chosen.check_set(saes)
+    return _whole(folder, lambda part: chosen.write_set(saes, part))
+
+
+def holds_sets(format: str) -> bool:
+    """Whether a folder of that format holds the SAEs of all layers together."""
+    from saeforge.formats.base import SetFormat
+
+    return isinstance(_format(format), SetFormat)
+
+
+def notes(sae: SAE, format: str) -> list[str]:
+    """What a person should know who loads this SAE where the format is from; [] mostly."""
+    return _format(format).notes(sae)
+
+
+def _free(path: str | Path) -> Path:
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} already holds something; choose another --out or empty it")
-    chosen.check(sae)
+    return folder
+
+
+def _whole(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Writes into a folder beside, then renames it: nobody finds half of an export."""
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
-        chosen.write(sae, part)
-        part.replace(folder)  # over an empty folder too: nobody finds half of an export
+        write(part)
+        part.replace(folder)  # over an empty folder too
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
         raise CheckpointError(f"could not write {folder}: {error}; free space or choose another folder") from error
     finally:
@@ -149,4 +198,4 @@ def _is_native(folder: Path) -> bool:
     )
 
 
-__all__ = ["AUTO", "load", "read", "write"]
+__all__ = ["AUTO", "Stored", "holds_sets", "load", "notes", "read", "write", "write_set"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +62,39 @@ class Format(ABC):
     def write(self, sae: SAE, folder: Path) -> None:
         """Writes an SAE that passed `check` into a new folder."""
         raise ConfigError(f"{self.title} is read, not written")
+
+    def notes(self, sae: SAE) -> list[str]:
+        """What a person should know who loads this SAE there; shown after an export."""
+        return []
+
+
+class SetFormat(Format):
+    """A format whose folder holds the SAEs of all layers of a model together; one SAE is a set of one."""
+
+    writes = True
+
+    @abstractmethod
+    def check_set(self, saes: Iterable[SAE]) -> None:
+        """Refuses what the format cannot express, before anything is written.
+
+        Args:
+            saes: may be gone through several times; each may be loaded anew as its turn comes.
+
+        Raises:
+            ConfigError: with the reason.
+        """
+
+    @abstractmethod
+    def write_set(self, saes: Iterable[SAE], folder: Path) -> None:
+        """Writes SAEs that passed `check_set` into a new folder."""
+
+    def check(self, sae: SAE) -> None:
+        """See `check_set`."""
+        self.check_set([sae])
+
+    def write(self, sae: SAE, folder: Path) -> None:
+        """See `write_set`."""
+        self.write_set([sae], folder)
 
 
 def plain_sae(

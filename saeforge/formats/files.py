@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,9 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, too large, or no JSON object.
     """
-    _there(path)
-    if path.stat().st_size > LARGEST_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a configuration has a few thousand")
+    _of_a_configuration(path)
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -38,6 +37,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a JSON {type(found).__name__}, expected an object")
     return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, of plain values: a tag that would make an object is refused.
+
+    Raises:
+        CheckpointError: missing, too large, or no YAML mapping.
+    """
+    _of_a_configuration(path)
+    try:
+        found = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is no plain YAML ({_line(error)}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a YAML {type(found).__name__}, expected a mapping")
+    return {str(key): value for key, value in found.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -157,6 +172,12 @@ def number(path: Path, config: Mapping[str, Any], key: str, kind: type[int] | ty
     if isinstance(value, bool) or not isinstance(value, (int,) if kind is int else (int, float)):
         raise CheckpointError(f"{path}: {key} is {value!r}, expected {'a whole number' if kind is int else 'a number'}")
     return kind(value)
+
+
+def _of_a_configuration(path: Path) -> None:
+    _there(path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a configuration has a few thousand")
 
 
 def _there(path: Path) -> None:

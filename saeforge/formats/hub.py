@@ -81,10 +81,12 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 
 def _wanted(files: Sequence[str], inside: str, patterns: Sequence[str]) -> list[str]:
-    """The files to download: those in the folder that a pattern names, or the one file and the JSON beside it."""
+    """The files to download: those in the folder that a pattern names, or the one file, and JSON and YAML beside it."""
     if inside in files:
         beside = PurePosixPath(inside).parent
-        return [f for f in files if f == inside or (PurePosixPath(f).parent == beside and f.endswith(".json"))]
+        return [
+            f for f in files if f == inside or (PurePosixPath(f).parent == beside and f.endswith((".json", ".yaml")))
+        ]
     wanted = []
     for file in files:
         if ".." in PurePosixPath(file).parts or (inside and not file.startswith(f"{inside}/")):
