@@ -48,6 +48,21 @@ def make_parser() -> OneLineParser:
     parser.add_argument(
         "--batch_contexts", type=int | None, default=None, help="Contexts at a time; default: as many as fit."
     )
+    parser.add_argument(
+        "--probe",
+        type=str,
+        default="auto",
+        help="Judge by labelled documents, with k-sparse probing and targeted probe perturbation (scikit-learn): true, "
+        "false, or auto (if there are labels).",
+    )
+    parser.add_argument(
+        "--probe_texts",
+        type=str | None,
+        default=None,
+        help="Labelled texts for that, run through the model: demo, a folder with a subfolder per label, or a .jsonl "
+        "file; default: the dataset's own documents.",
+    )
+    parser.add_argument("--probe_tokens", type=int, default=500_000, help="Stored activations to fit probes on.")
     parser.add_argument("--model", type=str | None, default=None, help="Where the model is now, if it moved.")
     parser.add_argument(
         "--trust_remote_code",
@@ -77,9 +92,24 @@ def run(argv: Sequence[str]) -> int:
     from rich.table import Table
 
     from saeforge.evaluation import evaluate
+    from saeforge.evaluation.labelled_table import (
+        PROBING_COLUMNS,
+        TPP_COLUMNS,
+        probing_label_rows,
+        probing_notes,
+        probing_rows,
+        tpp_rows,
+    )
     from saeforge.evaluation.table import LABEL_COLUMNS, elsewhere_rows, label_rows, notes, summary_rows, weight_rows
 
-    units = {"activations": "batches of activations", "model": "contexts through the model"}
+    units = {
+        "activations": "batches of activations",
+        "model": "contexts through the model",
+        "documents": "blocks of labelled documents",
+        "texts": "labelled contexts through the model",
+        "probes": "labels probed",
+        "perturbations": "labels perturbed",
+    }
     columns = (
         TextColumn("evaluating"),
         BarColumn(),
@@ -106,6 +136,9 @@ def run(argv: Sequence[str]) -> int:
             effect=options.effect,
             effect_tokens=options.effect_tokens,
             batch_contexts=options.batch_contexts,
+            probe=options.probe,
+            probe_texts=options.probe_texts,
+            probe_tokens=options.probe_tokens,
             model=options.model,
             trust_remote_code=options.trust_remote_code,
             seed=options.seed,
@@ -128,15 +161,21 @@ def run(argv: Sequence[str]) -> int:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    by_label = label_rows(result)
-    if by_label:
-        table = Table(title="effect on the model, by label")
-        for name in LABEL_COLUMNS:
-            table.add_column(name, justify="left" if name == "label" else "right")
-        for values in by_label:
+    for title, columns_of, values_of in (
+        ("effect on the model, by label", LABEL_COLUMNS, label_rows(result)),
+        ("which label a document has: held out, mean over labels", PROBING_COLUMNS, probing_rows(result)),
+        ("accuracy by label", *probing_label_rows(result)),
+        ("drop of accuracy when a label's latents are ablated", TPP_COLUMNS, tpp_rows(result)),
+    ):
+        if not values_of:
+            continue
+        table = Table(title=title)
+        for at, name in enumerate(columns_of):
+            table.add_column(name, justify="right" if at else "left")
+        for values in values_of:
             table.add_row(*values)
         console.print(table)
-    for note in notes(result):
+    for note in [*notes(result), *probing_notes(result)]:
         print(f"note: {note}")
     if result.path is not None:
         print(f"written to {result.path}")

@@ -18,9 +18,11 @@ from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 from saeforge.evaluation.comparison import agreement, check_comparable
 from saeforge.evaluation.effect import Effect, measure_effect
 from saeforge.evaluation.held_out import HeldOutTexts
+from saeforge.evaluation.labelled import PROBE_TOKENS, Labelled, judge_labels
 from saeforge.evaluation.passes import SplicedModel, sees_the_future
 from saeforge.evaluation.reconstruction import CONVENTIONS, measure_reconstruction
 from saeforge.lm.device import resolve_device
+from saeforge.lm.labelled import LabelledTexts
 from saeforge.lm.load import MODEL_DTYPES
 from saeforge.lm.origin import Origin, origin_of
 from saeforge.metrics import Agreement, Firing, Reconstruction, WeightFigures, weight_figures
@@ -28,6 +30,7 @@ from saeforge.metrics.conventions import AGREEMENT, FIRING, WEIGHTS
 from saeforge.sae import SAE, load
 
 EFFECT_TOKENS = 50_000
+NOT_PROBED = Labelled(None, None)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Evaluation:
         d_sae: latents of the SAE.
         about: SAE, dataset, site, split and versions, as plain JSON values.
         against: agreement with another SAE's decoder, or None.
+        labelled: k-sparse probing and targeted probe perturbation, or why there are none.
         path: where the JSON was written, or None.
     """
 
@@ -54,6 +58,7 @@ class Evaluation:
     d_sae: int
     about: dict[str, Any]
     against: Agreement | None = None
+    labelled: Labelled = NOT_PROBED
     path: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -67,6 +72,7 @@ class Evaluation:
         }
         if self.against is not None:
             parts["against"] = {**_plain(self.against), "conventions": AGREEMENT}
+        parts |= self.labelled.to_json()
         return {"metrics": _plain(self.metrics), "conventions": CONVENTIONS, **parts, **effect, **self.about}
 
 
@@ -81,6 +87,9 @@ def evaluate(
     effect: str | bool = "auto",
     effect_tokens: int = EFFECT_TOKENS,
     batch_contexts: int | None = None,
+    probe: str | bool = "auto",
+    probe_texts: str | LabelledTexts | None = None,
+    probe_tokens: int = PROBE_TOKENS,
     model: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -101,6 +110,11 @@ def evaluate(
             `effect_reason` says what is missing.
         effect_tokens: predictions to score (whole contexts, at least one).
         batch_contexts: contexts at a time; default: as many as fit. The result does not depend on it but for rounding.
+        probe: also by labelled documents, with k-sparse probing and targeted probe perturbation (scikit-learn): True;
+            False; or "auto": if there are labels, else `probing_reason` says what is missing.
+        probe_texts: labelled texts for that, run through the model: "demo", a folder with a subfolder per label, or a
+            `.jsonl` file; default: the dataset's own documents, where they have labels, without the model.
+        probe_tokens: stored activations to fit probes on, at most (whole blocks).
         model: where the model is now, if it moved.
         trust_remote_code: run Python code that comes with the model.
         seed: of the bootstrap, of the latents sampled for cosines, and of the random directions beside `against`.
@@ -109,13 +123,11 @@ def evaluate(
 
     Raises:
         SaeforgeError: no SAE, no dataset, activations of another width, a device that is not there; with `effect` True:
-            no causal language model or no texts.
+            no causal language model or no texts; with `probe` True: no labels or no scikit-learn.
     """
-    effect = {"true": True, "false": False}.get(effect, effect) if isinstance(effect, str) else effect
-    if effect not in (True, False, "auto"):
-        raise ConfigError(f"effect {effect!r}: expected auto, true or false")
+    effect, probe = _choice("effect", effect), _choice("probe", probe)
     numbers = {"batch_size": batch_size, "max_tokens": max_tokens}
-    numbers |= {"effect_tokens": effect_tokens, "batch_contexts": batch_contexts}
+    numbers |= {"effect_tokens": effect_tokens, "batch_contexts": batch_contexts, "probe_tokens": probe_tokens}
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ConfigError(f"{name} = {number}: expected a positive number")
@@ -158,6 +170,22 @@ def evaluate(
             if effect is True:
                 raise
             reason = str(error)
+    labelled = judge_labels(
+        sae,
+        root,
+        source,
+        split,
+        probe=probe,
+        texts=probe_texts,
+        probe_tokens=probe_tokens,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        model=model,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+        device=place,
+        progress=progress,
+    )
     sites = [part["site"] for part in sae.meta.get("sources") or ()] or [sae.meta.get("site")]
     about = {
         "sae": {"d_in": sae.d_in, "d_sae": sae.d_sae, "rule": sae.rule, "variant": sae.meta.get("variant")},
@@ -170,10 +198,24 @@ def evaluate(
     path = None if isinstance(run, SAE) or not (Path(run) / "sae").is_dir() else Path(run) / "evaluation.json"
     if against is not None:
         about["against_sae"] = None if isinstance(against, SAE) else str(against)
-    result = Evaluation(measured.metrics, measured.firing, weights, found, reason, sae.d_sae, about, agreed, path)
+    result = Evaluation(
+        measured.metrics, measured.firing, weights, found, reason, sae.d_sae, about, agreed, labelled, path
+    )
     if path is not None:
         _write(path, result.to_json())
     return result
+
+
+def _choice(name: str, value: str | bool) -> str | bool:
+    """True, False or "auto".
+
+    Raises:
+        ConfigError: another value.
+    """
+    choice = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+    if choice not in (True, False, "auto"):
+        raise ConfigError(f"{name} {value!r}: expected auto, true or false")
+    return choice
 
 
 def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[str, ShardSource]:
