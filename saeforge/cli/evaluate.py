@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse
 
@@ -63,6 +63,23 @@ def make_parser() -> OneLineParser:
         "file; default: the dataset's own documents.",
     )
     parser.add_argument("--probe_tokens", type=int, default=500_000, help="Stored activations to fit probes on.")
+    parser.add_argument(
+        "--controls",
+        type=Literal["pca", "random_decoder", "reinit"],
+        nargs="+",
+        default=[],
+        help="Judge these beside it: PCA of rank L0; topk with its decoder frozen at random directions; topk on the "
+        "same model with fresh weights (harvests the text anew). They stay in RUN/controls.",
+    )
+    parser.add_argument(
+        "--control_tokens",
+        type=int,
+        default=1_000_000,
+        help="Tokens that a control is trained on, or as many as the SAE was, if that is less.",
+    )
+    parser.add_argument(
+        "--control_lr", type=float | None, default=None, help="Their learning rate; default: topk's recipe."
+    )
     parser.add_argument("--model", type=str | None, default=None, help="Where the model is now, if it moved.")
     parser.add_argument(
         "--trust_remote_code",
@@ -95,6 +112,7 @@ def run(argv: Sequence[str]) -> int:
     from saeforge.evaluation.labelled_table import (
         PROBING_COLUMNS,
         TPP_COLUMNS,
+        control_rows,
         probing_label_rows,
         probing_notes,
         probing_rows,
@@ -110,6 +128,23 @@ def run(argv: Sequence[str]) -> int:
         "probes": "labels probed",
         "perturbations": "labels perturbed",
     }
+    controls = None
+    if options.controls:
+        from saeforge.controls import make_controls
+
+        controls = make_controls(
+            options.run,
+            list(dict.fromkeys(options.controls)),
+            data=options.data,
+            split=options.split,
+            tokens=options.control_tokens,
+            lr=options.control_lr,
+            model=options.model,
+            trust_remote_code=options.trust_remote_code,
+            seed=options.seed,
+            device=options.device,
+            on_control=lambda name: print(f"making the control {name}", file=sys.stderr, flush=True),
+        )
     columns = (
         TextColumn("evaluating"),
         BarColumn(),
@@ -123,7 +158,8 @@ def run(argv: Sequence[str]) -> int:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(units[what], total=total)
+                name, _, unit = what.rpartition(": ")  # a control's name stands before what is done
+                tasks[what] = progress.add_task(f"{name}: {units[unit]}" if name else units[unit], total=total)
             progress.update(tasks[what], completed=done)
 
         result = evaluate(
@@ -139,6 +175,7 @@ def run(argv: Sequence[str]) -> int:
             probe=options.probe,
             probe_texts=options.probe_texts,
             probe_tokens=options.probe_tokens,
+            controls=controls,
             model=options.model,
             trust_remote_code=options.trust_remote_code,
             seed=options.seed,
@@ -166,6 +203,7 @@ def run(argv: Sequence[str]) -> int:
         ("which label a document has: held out, mean over labels", PROBING_COLUMNS, probing_rows(result)),
         ("accuracy by label", *probing_label_rows(result)),
         ("drop of accuracy when a label's latents are ablated", TPP_COLUMNS, tpp_rows(result)),
+        ("beside controls", *control_rows(result)),
     ):
         if not values_of:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from saeforge.evaluation.judge import Evaluation
+from saeforge.evaluation.probing import ProbeScore
 from saeforge.evaluation.table import MOST_LABELS
 
 PROBING_COLUMNS = ("probe on document means", "accuracy", "AUROC")
@@ -63,6 +64,37 @@ def probing_label_rows(result: Evaluation) -> tuple[tuple[str, ...], list[tuple[
     return columns, rows
 
 
+def control_rows(result: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns, and each figure of the SAE beside that of its controls; no rows without controls."""
+    if not result.controls:
+        return (), []
+    columns = [_figures(one) for one in (result, *result.controls.values())]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(name, *(column.get(name, "-") for column in columns)) for name in names]
+    return ("", "SAE", *result.controls), rows
+
+
+def _figures(result: Evaluation) -> dict[str, str]:
+    """What an SAE and its controls are compared by."""
+    found = {"L0": f"{result.metrics.l0_mean:.1f}", "FVU": f"{result.metrics.fvu:.4f}"}
+    if result.effect is not None:
+        found["ΔCE"] = f"{result.effect.overall.delta_ce:+.4f}"
+        found["KL"] = f"{result.effect.overall.kl_sae:.4f}"
+    if result.labelled.probing is not None:
+        mean = result.labelled.probing.mean
+        found |= {f"accuracy, {k} latent{'s' if k > 1 else ''}": _accuracy(s) for k, s in mean.latents.items()}
+        found |= {f"accuracy, {k} dimension{'s' if k > 1 else ''}": _accuracy(s) for k, s in mean.residual_top.items()}
+        found["accuracy, difference of means"] = _accuracy(mean.difference_of_means)
+        found["accuracy, all dimensions"] = _accuracy(mean.residual)
+    if result.labelled.tpp is not None:
+        found |= {f"TPP, {n} latents": f"{at.score.value:+.3f}" for n, at in result.labelled.tpp.mean.items()}
+    return found
+
+
+def _accuracy(score: ProbeScore) -> str:
+    return f"{score.accuracy.value:.3f}"
+
+
 def probing_notes(result: Evaluation) -> list[str]:
     """What a reader of these tables should know."""
     found = []
@@ -78,4 +110,7 @@ def probing_notes(result: Evaluation) -> list[str]:
             found.append(f"probes of {len(labelled.probing.by_label)} labels are too many to show; the JSON has them")
         if labelled.probing.unconverged:
             found.append(f"solvers stopped before their tolerance: {', '.join(labelled.probing.unconverged)}")
+    found += [f"{name}: {words}" for name, words in result.definitions.items()]
+    if any(control.about["dataset"] != result.about["dataset"] for control in result.controls.values()):
+        found.append("a control on another model has no ΔCE here: it would be of that model")
     return found
