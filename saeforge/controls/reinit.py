@@ -73,7 +73,7 @@ def harvest_fresh(
         for name, sha256 in manifest.packing["files"].items():
             if name.endswith(".tokens.npy") and made.packing["files"].get(name) != sha256:
                 raise DatasetError(
-                    f"the text {options['text']!r} is not what {dataset.location} was made of; restore it, or leave out "
-                    "the control reinit"
+                    f"the text {options['text']!r} is not what {dataset.location} was made of; restore it, or leave "
+                    "the control reinit out"
                 )
     return out
