@@ -62,7 +62,7 @@ def make_parser() -> OneLineParser:
         help="Labelled texts for that, run through the model: demo, a folder with a subfolder per label, or a .jsonl "
         "file; default: the dataset's own documents.",
     )
-    parser.add_argument("--probe_tokens", type=int, default=500_000, help="Stored activations to fit probes on.")
+    parser.add_argument("--probe_tokens", type=int, default=200_000, help="Stored activations to fit probes on.")
     parser.add_argument(
         "--controls",
         type=Literal["pca", "random_decoder", "reinit"],

@@ -65,10 +65,19 @@ def harvest_fresh(
         trust_remote_code=trust_remote_code,
     )
     budget = options["n_tokens"] if n_tokens is None else min(n_tokens, options["n_tokens"])
-    own = {"model": str(fresh), "revision": None, "sites": sites, "n_tokens": budget, "device": device}
     out = folder / f"acts-{seed}"
+    own = {
+        "model": str(fresh),
+        "revision": None,
+        "sites": sites,
+        "n_tokens": budget,
+        "trust_remote_code": trust_remote_code,
+        "device": device,
+        "out": str(out),
+        "overwrite": True,  # of other options; one of these goes on, or is there already
+    }
     with contextlib.redirect_stdout(sys.stderr):  # its summary is not what the caller prints
-        made = harvest(**{**options, **own}, trust_remote_code=trust_remote_code, out=str(out), overwrite=True)
+        made = harvest(**{**options, **own})
     if budget == options["n_tokens"]:
         for name, sha256 in manifest.packing["files"].items():
             if name.endswith(".tokens.npy") and made.packing["files"].get(name) != sha256:

@@ -15,7 +15,7 @@ from saeforge.lm.labelled import LabelledTexts, read_labelled
 from saeforge.metrics.logistic import check_probe
 from saeforge.sae import SAE
 
-PROBE_TOKENS = 500_000
+PROBE_TOKENS = 200_000
 
 
 @dataclass(frozen=True)
