@@ -12,6 +12,7 @@ from saeforge.errors import ConfigError, DatasetError
 from saeforge.harvest import harvest
 from saeforge.lm.fresh import save_fresh_model
 from saeforge.lm.origin import check_one_site
+from saeforge.lm.pack import open_stored
 from saeforge.sae import SAE
 
 
@@ -78,11 +79,13 @@ def harvest_fresh(
     }
     with contextlib.redirect_stdout(sys.stderr):  # its summary is not what the caller prints
         made = harvest(**{**options, **own})
-    if budget == options["n_tokens"]:
-        for name, sha256 in manifest.packing["files"].items():
-            if name.endswith(".tokens.npy") and made.packing["files"].get(name) != sha256:
-                raise DatasetError(
-                    f"the text {options['text']!r} is not what {dataset.location} was made of; restore it, or leave "
-                    "the control reinit out"
-                )
+    theirs, ours = (
+        [(record["name"], record["sha256"]) for record in open_stored(root, packing, []).documents]
+        for root, packing in ((dataset.location, manifest.packing), (out, made.packing))
+    )
+    if ours != theirs[: len(ours)]:  # documents come in one order, whatever the budget
+        raise DatasetError(
+            f"the text {options['text']!r} is not what {dataset.location} was made of; restore it, or leave the "
+            "control reinit out"
+        )
     return out
