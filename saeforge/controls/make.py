@@ -84,7 +84,9 @@ def make_controls(
         folder = Path(run) / "controls"
     if folder is None and "reinit" in names:
         raise ConfigError("the control reinit keeps a model and its activations: give a RUN folder, or `folder`")
-    _, source = open_dataset(sae, data, split)
+    root, source = open_dataset(sae, data, split)
+    if source.n_blocks("train") == 0:
+        raise ConfigError(f"{root} has no train split to make controls from; give a harvested dataset with --data")
     l0 = measure_reconstruction(sae, source, split, max_tokens=_L0_TOKENS).metrics.l0_mean
     trained = sae.meta.get("training") or {}
     settings: dict[str, Any] = {
