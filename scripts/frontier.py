@@ -59,9 +59,9 @@ def fresh_activations(folder: Path, like: str) -> Path:
 
 def judged(sae: SAE | str, data: Path, *, effect: bool) -> dict[str, Any]:
     """Figures of held-out documents."""
-    found = saeforge.evaluate(sae, data=data, effect=effect, effect_tokens=EFFECT_TOKENS).to_json()
-    keep = {"l0": found["metrics"]["l0"], "fvu": found["metrics"]["fvu"]}
-    return keep | ({"delta_ce": found["effect"]["delta_ce"]} if effect else {})
+    found = saeforge.evaluate(sae, data=data, effect=effect, effect_tokens=EFFECT_TOKENS, probe=False)
+    keep = {"l0": found.metrics.l0_mean, "fvu": found.metrics.fvu}
+    return keep if found.effect is None else {**keep, "delta_ce": found.effect.overall.delta_ce}
 
 
 def agreement(a: Tensor, b: Tensor) -> dict[str, float]:

@@ -90,7 +90,7 @@ class Evaluation:
         }
         if self.against is not None:
             parts["against"] = {**_plain(self.against), "conventions": AGREEMENT}
-        parts |= self.labelled.to_json()
+        parts |= _walk(self.labelled.to_json())
         if self.controls:
             parts["controls"] = {
                 name: {"definition": self.definitions[name], **_without(control.to_json(), "conventions")}
@@ -215,7 +215,7 @@ def evaluate(
     for name, control in (controls or {}).items():
         beside[name] = evaluate(
             control.sae,
-            data=control.data or data or sae.meta.get("dataset_path"),
+            data=control.data or data,
             split=split,
             max_tokens=max_tokens,
             batch_size=batch_size,
@@ -289,16 +289,17 @@ def _without(value: Any, key: str) -> Any:
 
 
 def _plain(result: Any) -> dict[str, Any]:
-    """A dataclass of figures as JSON values: NaN, which JSON has no word for, is null."""
+    """A dataclass of figures as JSON values."""
+    return {key: _walk(part) for key, part in asdict(result).items()}
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: walk(part) for key, part in value.items()}
-        if isinstance(value, tuple):
-            return [walk(part) for part in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return {key: walk(part) for key, part in asdict(result).items()}
+def _walk(value: Any) -> Any:
+    """JSON values: keys are texts, and NaN, which JSON has no word for, is null."""
+    if isinstance(value, dict):
+        return {str(key): _walk(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_walk(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
