@@ -109,6 +109,7 @@ def run(argv: Sequence[str]) -> int:
     from rich.table import Table
 
     from saeforge.evaluation import evaluate
+    from saeforge.evaluation.judge import one_of_three
     from saeforge.evaluation.labelled_table import (
         PROBING_COLUMNS,
         TPP_COLUMNS,
@@ -132,6 +133,8 @@ def run(argv: Sequence[str]) -> int:
     if options.controls:
         from saeforge.controls import make_controls
 
+        for name in ("effect", "probe"):
+            one_of_three(name, options[name])  # before minutes of work
         controls = make_controls(
             options.run,
             list(dict.fromkeys(options.controls)),

@@ -20,10 +20,11 @@ from saeforge.evaluation.labelled import PROBE_TOKENS, Labelled, judge_labels
 from saeforge.evaluation.opening import open_dataset, open_effect
 from saeforge.evaluation.reconstruction import CONVENTIONS, measure_reconstruction
 from saeforge.lm.device import resolve_device
-from saeforge.lm.labelled import LabelledTexts
+from saeforge.lm.labelled import LabelledTexts, read_labelled
 from saeforge.lm.origin import origin_of
 from saeforge.metrics import Agreement, Firing, Reconstruction, WeightFigures, weight_figures
 from saeforge.metrics.conventions import AGREEMENT, FIRING, WEIGHTS
+from saeforge.metrics.logistic import check_probe
 from saeforge.sae import SAE, load
 
 EFFECT_TOKENS = 50_000
@@ -150,7 +151,7 @@ def evaluate(
         SaeforgeError: no SAE, no dataset, activations of another width, a device that is not there; with `effect` True:
             no causal language model or no texts; with `probe` True: no labels or no scikit-learn.
     """
-    effect, probe = _choice("effect", effect), _choice("probe", probe)
+    effect, probe = one_of_three("effect", effect), one_of_three("probe", probe)
     numbers = {"batch_size": batch_size, "max_tokens": max_tokens}
     numbers |= {"effect_tokens": effect_tokens, "batch_contexts": batch_contexts, "probe_tokens": probe_tokens}
     for name, number in numbers.items():
@@ -164,6 +165,10 @@ def evaluate(
     if other is not None:
         check_comparable(sae, other)
     root, source = open_dataset(sae, data, split)
+    if probe is True:
+        check_probe()  # what is missing is told now, not after the work
+    if isinstance(probe_texts, str) and probe is not False:
+        probe_texts = read_labelled(probe_texts, seed=seed)
 
     def progress(what: str) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, total: on_progress(what, done, total)
@@ -201,7 +206,7 @@ def evaluate(
         source,
         split,
         probe=probe,
-        texts=probe_texts,
+        texts=probe_texts if isinstance(probe_texts, LabelledTexts) else None,
         probe_tokens=probe_tokens,
         max_tokens=max_tokens,
         batch_size=batch_size,
@@ -262,7 +267,7 @@ def evaluate(
     return result
 
 
-def _choice(name: str, value: str | bool) -> str | bool:
+def one_of_three(name: str, value: str | bool) -> str | bool:
     """True, False or "auto".
 
     Raises:

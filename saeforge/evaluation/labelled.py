@@ -11,7 +11,7 @@ from saeforge.errors import ConfigError
 from saeforge.evaluation.perturbation import Perturbation, perturb_probes
 from saeforge.evaluation.pooled import pool_dataset, pool_texts
 from saeforge.evaluation.probing import Probing, probe_latents
-from saeforge.lm.labelled import LabelledTexts, read_labelled
+from saeforge.lm.labelled import LabelledTexts
 from saeforge.metrics.logistic import check_probe
 from saeforge.sae import SAE
 
@@ -48,7 +48,7 @@ def judge_labels(
     split: str,
     *,
     probe: bool | str,
-    texts: str | LabelledTexts | None,
+    texts: LabelledTexts | None,
     probe_tokens: int,
     max_tokens: int | None,
     batch_size: int,
@@ -70,7 +70,7 @@ def judge_labels(
         batch_size: rows at a time; the result does not depend on it.
         model: where the model is now, if it moved.
         trust_remote_code: run Python code that comes with it.
-        seed: of the split of `texts`, and of the bootstrap.
+        seed: of the bootstrap.
         device: torch device.
         progress: what to call with (done, in all), by what is done.
 
@@ -93,9 +93,8 @@ def judge_labels(
                 on_progress=progress("documents"),
             )
         else:
-            read = texts if isinstance(texts, LabelledTexts) else read_labelled(texts, seed=seed)
             settings: dict[str, Any] = {"model": model, "trust_remote_code": trust_remote_code, "device": device}
-            pooled = pool_texts(sae, read, **settings, on_progress=progress("texts"))
+            pooled = pool_texts(sae, texts, **settings, on_progress=progress("texts"))
         probing = probe_latents(pooled, seed=seed, on_progress=progress("probes"))
     except ConfigError as error:  # something is not there; what is there and damaged stays an error
         if probe is True or texts is not None:
