@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from saeforge.benchmark import bench_synthetic as bench_synthetic
     from saeforge.cli.fit import fit as fit
+    from saeforge.controls import make_controls as make_controls
     from saeforge.errors import SaeforgeError as SaeforgeError
     from saeforge.evaluation import agreement as agreement
     from saeforge.evaluation import evaluate as evaluate
@@ -51,6 +52,7 @@ _PUBLIC = {
     "harvest": "saeforge.harvest",
     "harvest_inputs": "saeforge.harvest.inputs",
     "load": "saeforge.formats",
+    "make_controls": "saeforge.controls",
     "push": "saeforge.formats.publish",
     "steer": "saeforge.steering",
     "train": "saeforge.training.train",
@@ -74,6 +76,7 @@ __all__ = [
     "harvest",
     "harvest_inputs",
     "load",
+    "make_controls",
     "push",
     "steer",
     "train",
