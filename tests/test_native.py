@@ -57,6 +57,19 @@ def test_top_k_equals_the_stock_one(
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("k", [1, 7, 40, 100, 500, 4999])
+def test_top_k_of_long_rows_equals_the_stock_one(k: int, dtype: torch.dtype) -> None:
+    pre = torch.randn(4, 5000, generator=torch.Generator().manual_seed(k)).to(dtype)
+    pre[1] = 1 / pre[1]  # keys far apart
+    pre[2, ::2] = pre[2, 0]
+    pre[3] = -1.0
+    values, indices = native.top_k(pre, k)
+    expected = pre.argsort(dim=1, descending=True, stable=True)[:, :k].sort(1).values
+    assert torch.equal(indices, expected)
+    assert torch.equal(values, pre.gather(1, expected).float())
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("sign", [0, 1])
 def test_a_nan_of_either_sign_is_selected_and_stays_nan(dtype: torch.dtype, sign: int) -> None:
     pre = torch.randn(3, 300)
