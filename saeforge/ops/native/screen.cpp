@@ -60,9 +60,7 @@ void saeforge_screened_top_k(const bf16 *pre, int64_t n_rows, int64_t n, int64_t
             exact.resize(found.count);
             exact_keys.resize(found.count);
             for (int64_t j = 0; j < found.count; ++j) {
-                if (j + 2 < found.count)
-                    for (int line = 0; line < 4; ++line)
-                        __builtin_prefetch(weight + places[j + 2] * d + 16 * line);
+                if (j + 3 < found.count) prefetch_row(weight + places[j + 3] * d, d);
                 exact[j] = dot(x + b * d, weight + places[j] * d, d) + (bias ? bias[places[j]] : 0.0f);
                 exact_keys[j] = key(exact[j]);
             }
