@@ -18,6 +18,7 @@ from saeforge.ops import marks, native, screen, shadow, shards
 from saeforge.ops.code import SparseCode
 from saeforge.ops.dispatch import choose
 from saeforge.ops.native import pool
+from saeforge.ops.product import chunks, pre_activations
 from saeforge.ops.select import Selected, Selection
 
 #: Bytes of a chunk of pre-activations: stays in a last-level cache, and bounds memory. At least so many rows, below
@@ -159,13 +160,13 @@ def select_code(
 def _parts(x: Tensor, weight: Tensor, bias: Tensor | None, select: Selection, dtype: torch.dtype) -> list[Selected]:
     """What is selected in each chunk of rows."""
     if dtype == x.dtype and screen.applies(x, weight):
-        chunks = x.split(_chunk_rows(x, weight, torch.bfloat16))
-        found = [part for chunk in chunks if (part := select.screened(chunk, weight, bias)) is not None]
-        if len(found) == len(chunks):
+        parts = chunks(x, _chunk_rows(x, weight, torch.bfloat16))
+        found = [part for chunk in parts if (part := select.screened(chunk, weight, bias)) is not None]
+        if len(found) == len(parts):
             return found
     low, low_bias = _lowered(weight, dtype), None if bias is None else bias.to(dtype)
-    chunks = x.split(_chunk_rows(x, weight, dtype))
-    return [select.rows(F.linear(chunk.to(dtype), low, low_bias)) for chunk in chunks]
+    parts = chunks(x, _chunk_rows(x, weight, dtype))
+    return [select.rows(pre_activations(chunk.to(dtype), low, low_bias)) for chunk in parts]
 
 
 def _chunk_rows(x: Tensor, weight: Tensor, dtype: torch.dtype) -> int:

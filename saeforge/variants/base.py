@@ -150,11 +150,8 @@ class Variant(nn.Module, ABC):
             raise RuntimeError(
                 "a variant that shares out its latents works inside ops.latents_over(variant.shard) only"
             )
-        dtype = self.scale.dtype
-        x = batch.x.to(dtype) * self.scale
-        if batch.target is batch.x:
-            return x, x
-        return x, batch.target.to(dtype) * self.target_scale
+        x = _scaled(batch.x, self.scale)
+        return x, x if batch.target is batch.x else _scaled(batch.target, self.target_scale)
 
     @final
     def mean_rows(self, per_row: Tensor, weight: Tensor | None) -> Tensor:
@@ -340,3 +337,9 @@ class Variant(nn.Module, ABC):
         """
         frozen = copy.deepcopy(self).requires_grad_(False).eval()
         return SAE(None, None, W_dec, b_dec, rule="plugin", encoder=frozen)
+
+
+def _scaled(rows: Tensor, scale: Tensor) -> Tensor:
+    """Rows in the type of `scale`, times it; what a cast has made is multiplied where it lies."""
+    cast = rows.to(scale.dtype)
+    return cast * scale if cast is rows else cast.mul_(scale)

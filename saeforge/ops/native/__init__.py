@@ -20,6 +20,8 @@ __all__ = [
     "by_latent",
     "collect",
     "gather_sum",
+    "residual",
+    "residual_grad",
     "round_rows",
     "row_adam",
     "row_dots",
@@ -216,6 +218,24 @@ def collect(indices: Tensor, offsets: Tensor, dense: Tensor) -> Tensor:
     out = torch.empty(len(indices))
     _call("collect", len(dense), indices, offsets, dense, is_bf16, dense.shape[1], out)
     return out
+
+
+# Dense rows -------------------------------------------------------------------------------------------------------
+
+
+def residual(target: Tensor, rebuilt: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """error (B, d) = target - (rebuilt + bias), all fp32, and the square of its norm by row (B,)."""
+    rows = tuple(_float(tensor, "residual") for tensor in (target, rebuilt, bias))
+    error, squares = torch.empty_like(rows[0]), torch.empty(len(target))
+    _call("residual", *target.shape, *rows, error, squares)
+    return error, squares
+
+
+def residual_grad(error: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, d) -2 weight[b] error[b], and its sum over rows (d,)."""
+    grad, sums = torch.empty_like(error), torch.empty(error.shape[1])
+    _call("residual_grad", *error.shape, _float(error, "error"), _float(weight, "weight"), grad, sums)
+    return grad, sums
 
 
 # Optimizer -------------------------------------------------------------------------------------------------------
