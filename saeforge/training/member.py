@@ -18,6 +18,7 @@ from saeforge.data.moments import Statistics
 from saeforge.data.source import Pair, Rows
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
 from saeforge.metrics import Reconstruction, ReconstructionMetrics
+from saeforge.ops import latents_over
 from saeforge.optim import RowAdam
 from saeforge.registry import VARIANTS
 from saeforge.sae import SAE
@@ -258,7 +259,7 @@ class Member(nn.Module):
             self.variant.constrain_()
         if self.target_l0 is not None:
             values = self.schedule_values(step)
-            self.target_l0.update(values[self.target_l0.schedule], values["lr_factor"])
+            self.target_l0.update(values[self.target_l0.schedule], values["lr_factor"], self.variant.latent_group)
         if self.average is not None:
             self.average.update(self.variant, step)
         if self.skip is not None and self.skip_average is not None:
@@ -275,11 +276,15 @@ class Member(nn.Module):
     # Validation: the folded SAE on held-out documents, exactly what a user of the SAE will get ---------------------
 
     def start_validation(self) -> None:
-        """Folds the variant."""
-        sae = self.fold()
+        """Folds the variant, or the latents of it that this rank has."""
+        shard = self.variant.shard
+        with latents_over(shard):
+            sae = self.fold()
         mean = torch.tensor(self._statistics.target.mean)
         norms = sae.W_dec.norm(dim=1)
-        metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, decoder_norms=norms, device=sae.device)
+        metrics = ReconstructionMetrics(
+            sae.d_out, self.variant.d_sae, pivot=mean, decoder_norms=norms, device=sae.device, shard=shard
+        )
         self._validation = sae, metrics
 
     def validate(self, rows: Rows) -> None:
@@ -288,8 +293,9 @@ class Member(nn.Module):
         sae, metrics = self._validation
         batch = self.pair.batch(rows)
         x = batch.x.float()
-        code = sae.encode(x)
-        metrics.update(batch.target.float(), sae.decode(code, x), code)
+        with latents_over(self.variant.shard):
+            code = sae.encode(x)
+            metrics.update(batch.target.float(), sae.decode(code, x), code)
 
     def validation_result(self) -> Reconstruction:
         """Metrics over all ranks; every rank must call it."""
