@@ -142,7 +142,7 @@ class RunFolder(Callback):
         self.run, self.checkpoints = run, checkpoints
         self.stopped_by: str | None = None
         self._previous: dict[int, Any] = {}
-        self._stopped_at = 0.0
+        self._stopped_at, self._ended = 0.0, False
         self._saved_step, self._saved_at = -1, time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,7 +162,9 @@ class RunFolder(Callback):
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.stopped_by is None:
-            self.stopped_by, self._stopped_at = signal.Signals(number).name, now
+            self._stopped_at = now
+            if not self._ended:  # else too late to stop anything, and other ranks may not have heard of it
+                self.stopped_by = signal.Signals(number).name
         elif number == signal.SIGINT and now - self._stopped_at > MEANT_SECONDS:
             raise KeyboardInterrupt
 
@@ -194,7 +196,8 @@ class RunFolder(Callback):
 
     def _save(self, trainer: Trainer, pl_module: SAEModule) -> None:
         # The loss is read every log_every_n_steps only: a run that broke since must not replace its last good state.
-        if not all(bool(torch.isfinite(weight).all()) for weight in pl_module.parameters()):
+        broken = not all(bool(torch.isfinite(weight).all()) for weight in pl_module.parameters())
+        if Group.world().agree(broken, pl_module.device):  # a rank may hold latents that the others do not
             raise SaeforgeError(
                 f"the weights are not finite at step {trainer.global_step}; lower model.lr, or check the activations; "
                 "the last checkpoint is intact"
@@ -206,6 +209,7 @@ class RunFolder(Callback):
         """Saves the state after the last step."""
         assert isinstance(pl_module, SAEModule)
         self._agree_to_stop(pl_module)
+        self._ended = True
         if self.checkpoints and self._saved_step != trainer.global_step:
             self._save(trainer, pl_module)
 
@@ -214,8 +218,9 @@ class RunFolder(Callback):
         assert isinstance(pl_module, SAEModule)
         if trainer.global_step >= trainer.max_steps:
             self.stopped_by = None  # a signal at the last step came too late to stop anything
-        if trainer.is_global_zero and self.stopped_by is None:
-            for member, sae in zip(pl_module.members, pl_module.folded(), strict=True):
+        if self.stopped_by is None and (trainer.is_global_zero or pl_module.shared_out):
+            saes = pl_module.folded(kept=trainer.is_global_zero)
+            for member, sae in zip(pl_module.members, saes, strict=trainer.is_global_zero):
                 (self.run / member.name).mkdir(exist_ok=True)
                 sae.save(self.run / member.name / "sae")
 
