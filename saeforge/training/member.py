@@ -183,6 +183,13 @@ class Member(nn.Module):
             names |= {f"average.shadow_{number}" for number, name in shadowed if name in self.variant.latent_names}
         return frozenset(names)
 
+    def cut_parameters(self) -> list[tuple[int, Tensor]]:
+        """Those of them that the optimizer steps, with their number in its state."""
+        cut = self.cut()
+        parameters = {id(tensor) for name, tensor in self.named_parameters() if name in cut}
+        stepped = enumerate(tensor for group in self.param_groups() for tensor in group["params"])
+        return [(number, tensor) for number, tensor in stepped if id(tensor) in parameters]
+
     def prepare(self, pair: Pair, statistics: tuple[Statistics, ...], run: RunSettings) -> None:
         """Binds the SAE to its data and to the run.
 

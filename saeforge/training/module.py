@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from saeforge.sae import SAE
 from saeforge.schedules import Shape
 from saeforge.training.data import ActivationData, run_seed
 from saeforge.training.member import Member, Settings, check_identity, join_names
+from saeforge.training.parts import PARTS, Place, own_rows, put_in, take_out
 from saeforge.training.strategy import mesh_of
 from saeforge.training.sweep import Entry, entries
 from saeforge.training.whitening import Kind
@@ -265,8 +267,26 @@ class SAEModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the identity."""
+        """Adds the identity; what has latents, if ranks share them out, is for the strategy to write."""
         checkpoint["saeforge"] = self.identity()
+        if self.shared_out:
+            checkpoint[PARTS] = take_out(checkpoint, self._places_of_latents(checkpoint))
+
+    def _places_of_latents(self, checkpoint: dict[str, Any]) -> list[Place]:
+        """Where the tensors of a checkpoint are that have a row for each latent."""
+        found: list[Place] = []
+        for number, member in enumerate(self.members):
+            names = [f"_members.{number}.{name}" for name in sorted(member.cut())]
+            found += [("state_dict", name) for name in names if name in checkpoint["state_dict"]]
+            for at, state in enumerate(checkpoint.get("optimizer_states", ())):
+                place: Place = ("optimizer_states", at)
+                if "parts" in state:
+                    state, place = state["parts"][number], (*place, "parts", number)
+                for index, parameter in member.cut_parameters():
+                    for key, value in state["state"].get(index, {}).items():
+                        if isinstance(value, Tensor) and value.ndim and value.shape[1:] == parameter.shape[1:]:
+                            found.append((*place, "state", index, key))
+        return found
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another variant or configuration: neither side silently wins.
@@ -295,6 +315,11 @@ class SAEModule(LightningModule):
                 f"the checkpoint was trained with other settings (accumulate_grad_batches: {before} -> {now}); "
                 "resume with the same ones, or start a new --run"
             )
+        mesh, folder = mesh_of(self.trainer), checkpoint.pop(PARTS, None)
+        if folder is not None:
+            put_in(checkpoint, Path(folder), mesh)
+        elif self.shared_out:
+            own_rows(checkpoint, self._places_of_latents(checkpoint), mesh.latents)
         if self.state_dict().keys() - checkpoint["state_dict"].keys():
             raise CheckpointError(earlier)
 

@@ -20,6 +20,7 @@ from saeforge.errors import CheckpointError, ConfigError, SaeforgeError
 from saeforge.features.store import STORE_FILE, progress_file
 from saeforge.ops import Group
 from saeforge.training.module import SAEModule
+from saeforge.training.parts import PARTS, remove_others
 
 CHECKPOINTS_PER_RUN = 10
 CHECKPOINT_SECONDS = 1800.0
@@ -86,7 +87,17 @@ def clear(run: Path) -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Temporary name, fsync, rename, fsync of the folder: a killed process leaves the previous checkpoint whole."""
+    """Temporary name, fsync, rename, fsync of the folder: a killed process leaves the previous checkpoint whole.
+
+    What ranks wrote beside it (`parts`) is there before, and what they wrote for the previous one goes after.
+
+    Args:
+        mapped: leave what is read on the disk until it is looked at, for ranks that take a few rows of it.
+    """
+
+    def __init__(self, *, mapped: bool = False) -> None:
+        super().__init__()
+        self.mapped = mapped
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes one checkpoint.
@@ -108,6 +119,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(folder)
             finally:
                 os.close(folder)
+            remove_others(path, checkpoint.get(PARTS))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise CheckpointError(
                 f"could not write the checkpoint {path}: {error}; free space and resume with --ckpt_path last"
@@ -124,12 +136,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: damaged, or not a checkpoint.
         """
         try:
-            return torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(str(path), map_location=map_location, weights_only=True, mmap=self.mapped)
+            if isinstance(checkpoint, dict) and PARTS in checkpoint:
+                checkpoint[PARTS] = str(Path(path).parent / checkpoint[PARTS])
+            return checkpoint
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, io.UnsupportedOperation) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"the checkpoint {path} cannot be read ({reason}); give another one") from error
         except Exception as error:  # pickle raises its own, undocumented set of types
             raise CheckpointError(f"{path} is not a checkpoint of plain tensors ({type(error).__name__})") from error
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes one, with what ranks wrote beside it."""
+        super().remove_checkpoint(path)
+        remove_others(Path(path), None)
 
 
 class RunFolder(Callback):

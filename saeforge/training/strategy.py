@@ -8,7 +8,7 @@ is one rank of data, nothing about weights travels at all.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from saeforge.errors import ConfigError
 from saeforge.ops import Group
+from saeforge.training import parts
+from saeforge.training.mesh import Mesh
 
 # torch 2.13 renames the option that keeps ranks from sending each other equal buffers in every forward.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -29,20 +31,6 @@ DDP_OPTIONS: dict[str, Any] = {
     "gradient_as_bucket_view": True,
     "forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False,
 }
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """The ranks that share rows with this one's latents, and those that share latents with this one's rows.
-
-    Attributes:
-        data: ranks with other rows. latents: ranks with other latents.
-        devices: the same as torch sees it, with dimensions `data` and `latents`; None on one device and under DDP.
-    """
-
-    data: Group = field(default_factory=Group)
-    latents: Group = field(default_factory=Group)
-    devices: DeviceMesh | None = None
 
 
 def mesh_of(trainer: Trainer) -> Mesh:
@@ -115,3 +103,12 @@ class LatentParallel(DDPStrategy):
         """Nothing where no other rank holds these latents."""
         if self.mesh.data.size > 1:
             super().configure_ddp()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Every rank writes its latents, then the first one the file that names them: see `parts`."""
+        if parts.PARTS in checkpoint:
+            path = Path(filepath)
+            name = self.broadcast(parts.new_name(path))
+            parts.write(checkpoint[parts.PARTS], path, name, self.mesh)
+            checkpoint[parts.PARTS] = name
+        super().save_checkpoint(checkpoint, filepath, storage_options)

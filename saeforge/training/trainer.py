@@ -118,7 +118,10 @@ class SAETrainer(Trainer):
         # RUN/checkpoints/last.ckpt is RunFolder's; Lightning's own callback is for those who ask for more.
         kwargs["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         kwargs["callbacks"] = callbacks + own
-        kwargs["plugins"] = [*_as_list(kwargs.get("plugins")), AtomicCheckpointIO()]
+        kwargs["plugins"] = [
+            *_as_list(kwargs.get("plugins")),
+            AtomicCheckpointIO(mapped=isinstance(kwargs.get("strategy"), LatentParallel)),
+        ]
         super().__init__(**kwargs)
         if strategy in (None, "auto") and isinstance(self.strategy, DDPStrategy):  # several devices
             self.strategy._ddp_kwargs |= DDP_OPTIONS
