@@ -33,7 +33,8 @@ class Steps(Callback):
     """Keeps what the read-out of each step says, and stops after so many."""
 
     def __init__(self, stop_after: int | None) -> None:
-        self.stop_after, self.figures = stop_after, list[dict[str, float]]()
+        self.stop_after = stop_after
+        self.figures: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """After Telemetry, which reads out at every step here."""

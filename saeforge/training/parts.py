@@ -174,23 +174,22 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
-#: torch's name for a function without effect that describes a tensor.
-_LAYOUT = ("torch.serialization", "_get_layout")
+_OF_TENSORS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_OF_PATHS = ("pathlib", "pathlib._local")
 
 
 class _Unpickler(pickle.Unpickler):
+    """Classes that describe tensors, files' names and torch's types; nothing else is as much as imported."""
+
     def find_class(self, module: str, name: str) -> Any:
-        found = None if "." in name else super().find_class(module, name)
-        own = isinstance(found, type) and found.__module__ == module
-        described = own and module in (
-            "torch.distributed.checkpoint.metadata",
-            "torch.distributed.checkpoint.filesystem",
-        )
-        path = own and module.split(".")[0] == "pathlib"
-        torchs = found is torch.Size or isinstance(found, torch.dtype) or (module, name) == _LAYOUT
-        if not (described or path or torchs):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return found
+        if (module, name) == ("torch.serialization", "_get_layout"):  # of a name, without effect
+            return super().find_class(module, name)
+        if module in (*_OF_TENSORS, *_OF_PATHS, "torch") and "." not in name:
+            found = super().find_class(module, name)
+            described = isinstance(found, type) and found.__module__ == module
+            if found is torch.Size or isinstance(found, torch.dtype) or (module != "torch" and described):
+                return found
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def _checked(read: Callable[[], Result], folder: Path) -> Result:

@@ -33,10 +33,11 @@ class SharedLoader(TrainLoader):
                 yield self._share(batch)
             return
         rows = self.plan.lane_rows * len(self.lanes)
-        reused = self.reuse and self.device.type == "cpu"
-        ring = itertools.cycle([empty_rows(self.source, rows) for _ in range(BATCH_RING)] if reused else [None])
+        ring: Iterator[Rows] | None = None
+        if self.reuse and self.device.type == "cpu":
+            ring = itertools.cycle([empty_rows(self.source, rows) for _ in range(BATCH_RING)])
         while self.position < self.total:
-            batch = self._share(next(ring) or empty_rows(self.source, rows, device=self.device))
+            batch = self._share(next(ring) if ring else empty_rows(self.source, rows, device=self.device))
             self.position += 1
             yield batch
 
