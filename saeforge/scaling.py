@@ -196,7 +196,7 @@ def memory(shape: Shape, layout: Layout, device: Device) -> dict[str, int]:
     # The rows as fp32; the geometric median wants them scaled, in float64, and their distances.
     initialisation = INITIAL_ROWS * (shape.token_bytes + (4 * numbers if shape.number_bytes < 4 else 0))
     initialisation += INITIAL_ROWS * shape.out * (4 + 8 + 8)
-    # In whole blocks; folding scales the weights, and the SAE keeps a copy.
+    # In whole blocks; the SAE holds weights of its own.
     held_out = max(rows, shape.window_rows // WINDOW_BLOCKS)
     validating = weights + screen + _chunk(f, held_out, 4, device) + held_out * VALIDATION_BYTES * widest
     parts = {
@@ -209,7 +209,7 @@ def memory(shape: Shape, layout: Layout, device: Device) -> dict[str, int]:
         "rows": rows * ROW_BYTES * widest,
         "code": rows * -(-shape.k // layout.latents) * ENTRY_BYTES,
         "bucketing": 4 * f * widest if layout.data > 1 else 0,
-        "validation": max(2 * weights, validating),
+        "validation": validating,
         "initialisation": initialisation if device.host else 0,
     }
     stay = sum(parts[name] for name in ("weights", "gradients", "adam", "bf16_copies", "windows"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -186,7 +187,7 @@ def test_the_metrics_of_ranks_that_share_out_latents_are_those_of_all() -> None:
 
     wanted, firing = measure(Group(), Group())
     assert wanted["dead"] >= 2
-    for rank in sum(on_mesh(2, 4, measure), []):
+    for rank in chain.from_iterable(on_mesh(2, 4, measure)):
         figures, fires = rank
         assert figures == pytest.approx(wanted, rel=1e-12)
         assert {key: value for key, value in figures.items() if isinstance(value, int)} == {
@@ -209,7 +210,7 @@ def test_a_readout_adds_active_latents_over_both_groups_and_everything_else_over
             out.add(loss, StepOutput({"mse": loss}, code, {"squared_error": torch.tensor(5.0)}))
         return out.read(group, latents)
 
-    for values in sum(on_mesh(3, 2, read), []):
+    for values in chain.from_iterable(on_mesh(3, 2, read)):
         assert values["active"] == 2 * 3 * 3 * (1 + 2)
         assert values["rows"] == 2 * 3 * 3
         assert values["loss"] == values["term/mse"] == 2.0

@@ -319,6 +319,7 @@ class Variant(nn.Module, ABC):
             rule="topk" if threshold is None else "threshold",
             k=k,
             threshold=None if threshold is None else threshold * factor,
+            copy=False,  # all of them are new
         )
 
     @final
