@@ -240,10 +240,11 @@ def traffic(shape: Shape, layout: Layout) -> dict[str, int]:
         `gradients` (fp32) and `counts` of firings (int64), summed over data ranks; `candidates`, the k
         largest values of each row (fp32), gathered from all latent ranks, `reconstruction` (in the compute type) and
         `sums` (the pre-encoder bias' gradient, the gradients' norm), summed over them, as `ops.shards` has it; `rows`
-        as they were stored, which the first of these ranks hands on to the others.
+        as they were stored, which the first of these ranks hands on to the others, and `copies`, of the decoder bias'
+        gradient where rows are shared too.
     """
     f, rows = shape.d_sae // layout.latents, shape.batch // layout.data
-    found = dict.fromkeys(("gradients", "counts", "candidates", "reconstruction", "sums", "rows"), 0)
+    found = dict.fromkeys(("gradients", "counts", "candidates", "reconstruction", "sums", "rows", "copies"), 0)
     if layout.data > 1:
         found["gradients"] = 4 * (f * (shape.d_in + shape.out + 1) + shape.out)
         found["counts"] = 8 * f
@@ -252,6 +253,7 @@ def traffic(shape: Shape, layout: Layout) -> dict[str, int]:
         found["reconstruction"] = shape.compute_bytes * rows * shape.out
         found["sums"] = 4 * shape.d_in + 8
         found["rows"] = shape.token_bytes * rows
+        found["copies"] = 4 * shape.out if layout.data > 1 else 0
     return found
 
 
@@ -270,7 +272,7 @@ def seconds(shape: Shape, layout: Layout, device: Device) -> dict[str, float]:
         "exchange": _all_reduce(sent["gradients"] + sent["counts"], layout.data, layout.latents, device)
         + _all_reduce(sent["reconstruction"] + sent["sums"], layout.latents, 1, device)
         + _all_gather(sent["candidates"], layout.latents, device)
-        + _hand_on(sent["rows"], layout.latents, device),
+        + _hand_on(sent["rows"] + sent["copies"], layout.latents, device),
     }
     return {**parts, "step": sum(parts.values())}
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from saeforge.data.source import ShardSource
 from saeforge.registry import VARIANTS
@@ -41,54 +40,6 @@ class Losses(Callback):
         """After Telemetry, which reads out at every step here."""
         assert isinstance(pl_module, SAEModule)
         self.steps.append(dict(pl_module.members[0].latest))
-
-
-class Bytes(Callback):
-    """Counts what this rank hands to the collectives of each step: gradients, and what goes through its group."""
-
-    def __init__(self) -> None:
-        self.gradients, self.before = 0, (0, 0)
-        self.steps: list[dict[str, int]] = []
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """DDP is asked to tell."""
-        # A lambda: the annotation of a bucket would have to be no string.
-        trainer.strategy.model.register_comm_hook(None, lambda _, bucket: self.reduce(bucket))  # type: ignore[union-attr]
-
-    def reduce(self, bucket: Any) -> Any:
-        """What DDP does with a bucket of gradients."""
-        self.gradients += bucket.buffer().nbytes
-        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: all processes
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Where a step begins."""
-        self.before = self.count(pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Where it ends, before the read-out."""
-        gradients, group = (now - then for now, then in zip(self.count(pl_module), self.before, strict=True))
-        assert isinstance(pl_module, SAEModule)
-        listed = sum(pl_module.members[0].variant.dead_by_rank())
-        self.steps.append({"gradients": gradients, "group": group, "dead": listed})
-
-    def count(self, module: LightningModule) -> tuple[int, int]:
-        """Bytes of gradients, and of the group, up to now."""
-        assert isinstance(module, SAEModule)
-        return self.gradients, sum(module.members[0].variant.run.group.sent.values())
-
-
-def count_bytes(dataset: str, world: int) -> list[dict[str, int]]:
-    """Bytes of each of six steps; latents are listed as dead after the fourth."""
-    data = ActivationData.of(ShardSource(dataset), batch_size=256)
-    module = SAEModule(
-        lambda d_in, d_out: TopK(d_in, d_out, d_sae=512, k=4), data.d_in, data.d_out, dead_after_tokens=1024
-    )
-    counted = Bytes()
-    trainer = SAETrainer(
-        accelerator="cpu", devices=world, strategy="ddp", max_steps=6, enable_progress_bar=False, callbacks=[counted]
-    )
-    trainer.fit(module, data)
-    return counted.steps
 
 
 def main(dataset: str, out: str) -> None:
@@ -129,8 +80,6 @@ def main(dataset: str, out: str) -> None:
         result[name] = losses.steps
         validated = [step["val_fvu"] for step in losses.steps if "val_fvu" in step]
         assert validated
-    if world > 1:
-        result["bytes"] = count_bytes(dataset, world)
     if int(os.environ.get("RANK", "0")) == 0:
         Path(out).write_text(json.dumps(result))
 

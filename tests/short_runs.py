@@ -2,7 +2,7 @@
 
 python -m tests.short_runs DATASET FOLDER OUT.json N [STRATEGY ...]
 
-The strategies take turns. Every tenth run one rank is killed at some step, and another tenth is told to stop. Each run
+The strategies take turns. In every tenth run one rank is killed at some step, in another tenth told to stop. Each run
 has SECONDS to end; what is left of one that does not is killed. OUT.json lists for each how its ranks ended.
 """
 
@@ -82,7 +82,7 @@ class Unsteady(Callback):
 
 def fate_of(run: int) -> signal.Signals | None:
     """What happens to one of the ranks of a run."""
-    return {3: signal.SIGKILL, 7: signal.SIGTERM}.get(run % 10)
+    return {3: signal.SIGKILL, 7: signal.SIGTERM}.get(run // 2 % 10)
 
 
 def train(dataset: str, folder: Path, run: int, rank: int, strategy: str) -> None:

@@ -39,6 +39,7 @@ def whole(part: SAE, shard: Shard, device: torch.device, *, kept: bool) -> SAE |
         k=part.k,
         W_skip=None if part.W_skip is None else part.W_skip.cpu(),
         meta=part.meta,
+        copy=False,
     )
 
 
