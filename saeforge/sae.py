@@ -77,8 +77,13 @@ class SAE(nn.Module):
         W_skip: Tensor | None = None,
         encoder: nn.Module | None = None,
         meta: dict[str, Any] | None = None,
+        copy: bool = True,
     ) -> None:
         """Checks the shapes.
+
+        Args:
+            W_enc, b_enc, W_dec, b_dec, rule, threshold, k, W_skip, encoder, meta: see the class.
+            copy: keep copies of the tensors; false where nobody else will write to them.
 
         Raises:
             ConfigError: shapes that do not fit, or a rule without its parameter.
@@ -122,7 +127,10 @@ class SAE(nn.Module):
         self.encoder = encoder
         for name, (tensor, _) in expected.items():
             if tensor is not None or name in ("threshold", "W_skip"):
-                self.register_buffer(name, None if tensor is None else tensor.detach().clone().contiguous())
+                kept = None if tensor is None else tensor.detach()
+                if kept is not None:
+                    kept = kept.clone(memory_format=torch.contiguous_format) if copy else kept.contiguous()
+                self.register_buffer(name, kept)
 
     @property
     def d_out(self) -> int:

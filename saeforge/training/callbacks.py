@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from saeforge.ops import Group
 from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
 from saeforge.training.wandb_runs import WandbRuns
@@ -50,7 +51,8 @@ class Telemetry(Callback):
         shared |= {f"data/{name}": value for name, value in pl_module.data.read_figures().items()}
         for member in pl_module.members:
             prefix = prefix_of(member)
-            values = member.readout.read(member.variant.run.group)
+            latents = member.variant.latent_group
+            values = member.readout.read(member.variant.run.group, latents)
             if not values:
                 continue
             self._rows_since_density[prefix] = self._rows_since_density.get(prefix, 0.0) + values["rows"]
@@ -58,9 +60,12 @@ class Telemetry(Callback):
             figures = self._figures(member, values, step)
             for logger in trainer.loggers:
                 logger.log_metrics({**{f"{prefix}{name}": v for name, v in figures.items()}, **shared}, step=step)
-                if isinstance(logger, WandbLogger | WandbRuns) and trainer.is_global_zero:
-                    density = self._density(member.variant.firing_counts, self._rows_since_density[prefix])
-                    logger.log_metrics({f"{prefix}train/log10_density": density}, step=step)
+                if isinstance(logger, WandbLogger | WandbRuns):
+                    # On all ranks, since each counts its own latents where they are shared out.
+                    counts, rows = member.variant.firing_counts, self._rows_since_density[prefix]
+                    histogram = density_histogram(counts, rows, latents)
+                    if trainer.is_global_zero:
+                        logger.log_metrics({f"{prefix}train/log10_density": self._density(histogram)}, step=step)
             member.variant.firing_counts.zero_()
             self._rows_since_density[prefix] = 0.0
 
@@ -73,7 +78,7 @@ class Telemetry(Callback):
         figures |= {
             "train/l0": values["active"] / rows,
             "train/fvu": values["counter/squared_error"] / (rows * member.total_variance or math.nan),
-            "train/dead": float(member.variant.dead().sum()),
+            "train/dead": float(member.variant.latent_group.sum(member.variant.dead().sum())),
             "schedule/lr": member.optimizer.param_groups[0]["lr"],
         }
         scheduled = {name: float(v) for name, v in member.steered(member.schedule_values(max(0, step - 1))).items()}
@@ -81,10 +86,10 @@ class Telemetry(Callback):
         member.latest.update({name: figures[f"train/{name}"] for name in ("loss", "l0", "fvu", "dead")})
         return figures
 
-    def _density(self, counts: Tensor, rows: float) -> Any:
+    def _density(self, histogram: tuple[Any, Any]) -> Any:
         import wandb  # imported only where a wandb logger exists already
 
-        return wandb.Histogram(np_histogram=density_histogram(counts, rows))
+        return wandb.Histogram(np_histogram=histogram)
 
 
 def prefix_of(member: Member) -> str:
@@ -92,10 +97,18 @@ def prefix_of(member: Member) -> str:
     return f"{member.name}/" if member.name else ""
 
 
-def density_histogram(counts: Tensor, rows: float) -> tuple[Any, Any]:
-    """Counts and edges (numpy) of log10(firing rate); latents that never fired fall into the first bin."""
+def density_histogram(counts: Tensor, rows: float, latents: Group | None = None) -> tuple[Any, Any]:
+    """Counts and edges (numpy) of log10(firing rate); latents that never fired fall into the first bin.
+
+    Args:
+        counts: (d_sae,) rows in which each latent fired, of so many `rows`.
+        rows: see `counts`.
+        latents: the ranks that share out the latents, if some do; the histogram is that of all of them.
+    """
     density = (counts.double().cpu() / max(rows, 1.0)).clamp_min(1e-7).log10().float()
     counted, edges = torch.histogram(density.clamp(-7, 0), DENSITY_EDGES)
+    if latents is not None and latents.size > 1:
+        counted = latents.sum(counted.to(counts.device)).cpu()  # where the group's collectives work
     return counted.numpy(), edges.numpy()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from saeforge.data.batch import Batch
 from saeforge.errors import ConfigError
-from saeforge.ops import Shard, SparseCode, shards
+from saeforge.ops import Group, Shard, SparseCode, shards
 from saeforge.optim.row_adam import unit_rows_
 from saeforge.sae import SAE
 from saeforge.variants.contract import DataStatistics, Recipe, RunSettings, ScheduleValues, StepOutput, Unfolded
@@ -188,6 +188,11 @@ class Variant(nn.Module, ABC):
         """
         return shards.for_latents(tensor)
 
+    @property
+    def latent_group(self) -> Group:
+        """The ranks that share out the latents; a group of one where none do."""
+        return Group() if self.shard is None else self.shard.group
+
     @final
     def output(self, terms: dict[str, Tensor], code: SparseCode, squared_error: Tensor) -> StepOutput:
         """Packs a step's result.
@@ -203,7 +208,7 @@ class Variant(nn.Module, ABC):
     @final
     @torch.no_grad()
     def observe(self, code: SparseCode) -> Tensor:
-        """Counts who fired, over all ranks; called once after each step. Returns the counts, (d_sae,) int64."""
+        """Counts who fired, over all rows of the batch; called once after each step. Returns the counts, int64."""
         counts = self.run.group.sum(code.active_counts())
         self.firing_counts += counts
         self.tokens_since_fired += code.n_rows * self.run.group.size
@@ -311,6 +316,7 @@ class Variant(nn.Module, ABC):
             rule="topk" if threshold is None else "threshold",
             k=k,
             threshold=None if threshold is None else threshold * factor,
+            copy=False,  # all of them are new
         )
 
     @final
