@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from saeforge.formats import load as load
     from saeforge.harvest import harvest as harvest
     from saeforge.harvest.inputs import harvest_inputs as harvest_inputs
+    from saeforge.pages.run_report import report as report
     from saeforge.sae import SAE as SAE
     from saeforge.steering import Add as Add
     from saeforge.steering import Clamp as Clamp
@@ -46,6 +47,7 @@ _PUBLIC = {
     "harvest": "saeforge.harvest",
     "harvest_inputs": "saeforge.harvest.inputs",
     "load": "saeforge.formats",
+    "report": "saeforge.pages.run_report",
     "steer": "saeforge.steering",
     "train": "saeforge.training.train",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "harvest",
     "harvest_inputs",
     "load",
+    "report",
     "steer",
     "train",
 ]
