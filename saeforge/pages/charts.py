@@ -11,7 +11,7 @@ from saeforge.pages.markup import Markup, data, join, number, percent, tag
 from saeforge.pages.scales import Scale
 
 #: A small chart is drawn as large as it is shown beside two others; a large one beside one other.
-SMALL, LARGE = (380.0, 236.0), (540.0, 350.0)
+SMALL, LARGE = (380.0, 240.0), (540.0, 360.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def lines(
     """
     (left, right), (bottom, top) = plot_area(*SMALL)
     values = [y for each in series for y in each.y if math.isfinite(y)]
-    x = Scale.of([x for each in series for x in each.x], left, right, room=0.0)
+    x = Scale.of([x for each in series for x in each.x], left, right, zero=True, room=0.0)
     scales = {"linear": Scale.of(values, bottom, top, zero=zero)}
     if min(values) > 0 and max(values) > 1.1 * min(values):
         scales["log"] = Scale.of(values, bottom, top, log=True)
@@ -233,7 +233,7 @@ class Interval:
 
 def intervals(title: str, rows: Sequence[Interval], x_label: str, *, note: object = None) -> Markup:
     """Figures one below the other, each a dot on its interval."""
-    step, top, left = 25.0, 8.0, 92.0
+    step, top, left = 20.0, 6.0, 96.0
     width, height = SMALL[0], top + step * len(rows) + 38.0
     bounds = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
     x = Scale.of(bounds, left, width - 14.0, zero=True)
@@ -253,7 +253,7 @@ def intervals(title: str, rows: Sequence[Interval], x_label: str, *, note: objec
             drawn.append(tag("line", x1=x.at(row.low), x2=x.at(row.high), y1=middle, y2=middle, class_="whisker wide"))
             told += f" [{number(row.low, 3)}, {number(row.high, 3)}]"
         title_tag = tag("title", f"{row.name}: {told}")
-        drawn.append(tag("circle", title_tag, cx=x.at(row.value), cy=middle, r=4.5, class_="mark"))
+        drawn.append(tag("circle", title_tag, cx=x.at(row.value), cy=middle, r=4.2, class_="mark"))
         details = [[x_label, told], *(list(detail) for detail in row.details)]
         items.append({"x": [row.value], "y": i + 0.5, "title": row.name, "rows": details})
     drawn.append(tag("text", x_label, x=(left + width) / 2, y=height - 5, class_="axis middle"))

@@ -16,7 +16,7 @@ from saeforge.pages.scales import Scale, tick
 #: Colours that tell series apart (`--s0` and so on in page.css); further ones repeat them, with other dashes.
 COLOURS = 8
 #: Room around the plot, in the SVG's own units: for the labels of both axes.
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 36.0
+LEFT, RIGHT, TOP, BOTTOM = 42.0, 12.0, 24.0, 36.0
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,20 @@ class View:
 
 @dataclass(frozen=True)
 class Axes:
-    """Labels of the axes, and ticks where the scale's own will not do."""
+    """Labels of the axes, and ticks where the scale's own will not do.
+
+    Attributes:
+        x, y: what is measured.
+        x_ticks: where ticks stand.
+        format_x: their labels.
+        whole: y counts something, and has whole ticks.
+    """
 
     x: str
     y: str
     x_ticks: Sequence[float] | None = None
     format_x: Callable[[float], str] = field(default=tick)
+    whole: bool = False
 
 
 def plot_area(width: float, height: float) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -160,14 +168,14 @@ def marker(kind: int, x: float, y: float, r: float, **attributes: Any) -> Markup
 def _drawing(view: View, axes: Axes, size: tuple[float, float], *, hidden: bool, summary: str) -> Markup:
     width, height = size
     (left, right), (bottom, _) = plot_area(width, height)
-    rows = [(view.y.at(value), tick(value)) for value in view.y.ticks(4)]
+    rows = [(view.y.at(value), tick(value)) for value in view.y.ticks(4) if not axes.whole or value == round(value)]
     columns = [(view.x.at(value), axes.format_x(value)) for value in axes.x_ticks or view.x.ticks(5)]
     grid = [tag("line", x1=left, x2=right, y1=y, y2=y, class_="grid") for y, _ in rows]
     base = tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="base")
     labels = [tag("text", label, x=left - 7, y=y, dy="0.32em", class_="tick end") for y, label in rows]
     labels += [tag("text", label, x=x, y=bottom + 15, class_="tick middle") for x, label in columns]
     labels.append(tag("text", axes.x, x=(left + right) / 2, y=height - 4, class_="axis middle"))
-    labels.append(tag("text", axes.y, x=11.0, y=(TOP + bottom) / 2, class_="axis middle turned"))
+    labels.append(tag("text", axes.y, x=0, y=11, class_="axis"))
     return tag(
         "svg",
         grid,

@@ -12,7 +12,7 @@ from saeforge.pages.page import definitions
 from saeforge.pages.runs import Run
 
 #: Labels drawn; those with most tokens come first in the JSON.
-MOST_LABELS = 16
+MOST_LABELS = 12
 _RECONSTRUCTION = (
     ("FVU", "fvu", "share of the variance not explained; 0 is perfect, 1 predicts the mean of all tokens"),
     ("L0", "l0_mean", "latents active on a token, mean"),
@@ -52,8 +52,9 @@ def table(
         each = [cell if isinstance(cell, Markup) and cell.startswith("<td") else tag("td", cell) for cell in cells]
         body.append(tag("tr", tag("th", name, scope="row"), each, class_=(classes[i] or None) if classes else None))
     head = tag("thead", tag("tr", [tag("th", column, scope="col") for column in columns]))
-    content = tag("table", tag("caption", caption) if caption else None, head, tag("tbody", body))
-    return tag("div", content, class_="scroll", tabindex="0", role="region", aria_label=caption or "table")
+    content = tag("table", head, tag("tbody", body))
+    box = tag("div", content, class_="scroll", tabindex="0", role="region", aria_label=caption or "table")
+    return join([tag("h3", caption) if caption else None, box])
 
 
 def note(content: object) -> Markup:
@@ -87,7 +88,7 @@ def effect(run: Run) -> Markup | None:
         loss = overall[f"ce_{name}"]
         scores = (overall["ce_score_mean"], overall["ce_score_zero"]) if name == "sae" else (None, None)
         if name != "sae":
-            scores = (0.0 if name == "mean" else None, 0.0 if name == "zero" else None)
+            scores = (0 if name == "mean" else None, 0 if name == "zero" else None)
         rows.append(
             [
                 told,
@@ -190,7 +191,12 @@ def l0_histogram(run: Run) -> Markup | None:
     told = f"mean {number(m['l0_mean'])}, p5 {m['l0_p5']}, median {m['l0_p50']}, p95 {m['l0_p95']}"
     if len(counts) == 1 and step == 1:
         told = f"every token has {edges[0]} active latents"
-    axes = Axes("active latents of a token", "tokens", [edges[0]] if len(counts) == 1 else None)
+    if step == 1:  # a bar of one level has its label below its middle
+        every = -(-len(counts) // 6)
+        ticks = [low + 0.5 for low in edges[:-1] if low % every == 0] if len(counts) > 1 else [edges[0] + 0.5]
+        axes = Axes("active latents of a token", "tokens", ticks, lambda middle: f"{middle - 0.5:g}")
+    else:
+        axes = Axes("active latents of a token", "tokens")
     return bars("L0", Bars(edges, counts, "tokens", labels), axes, note=told)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from saeforge.features.store import Example, Feature, FeatureStore
 from saeforge.pages.charts import spark
 from saeforge.pages.markup import Markup, join, number, percent, tag, text
+from saeforge.pages.scales import tick
 
 #: Strengths of the highlight (`mark.h1` to `mark.h8` in page.css).
 LEVELS = 8
@@ -94,7 +95,7 @@ def card(feature: Feature, examples: Sequence[Example], *, prefix: str = "") -> 
     else:
         low, high = min(feature.histogram), max(feature.histogram)
         counts = [feature.histogram.get(octave, 0) for octave in range(low, high + 1)]
-        told = f"activations by octave, {number(2.0**low)} to {number(2.0 ** (high + 1))}"
+        told = f"activations by octave, {tick(2.0**low)} to {tick(2.0 ** (high + 1))}"
         title = join([title, spark(counts, told)])
         body = join(
             [
@@ -126,7 +127,9 @@ def context(example: Example, largest: float) -> Markup:
             continue
         level = max(1, min(LEVELS, math.ceil(LEVELS * abs(value) / largest))) if largest else 1
         classes = f"h{level} centre" if i == example.centre else f"h{level}"
-        parts.append(tag("mark", token, class_=classes, title=number(value, 3)))
+        word = token.lstrip(" ") or token  # the space before a word would hang at the end of a line, coloured
+        parts.append(text(token[: len(token) - len(word)]))
+        parts.append(tag("mark", word, class_=classes, title=number(value, 3)))
     parts.append(text(silent))
     where = [example.document, example.label, f"token {example.position:,}"]
     return tag(

@@ -99,16 +99,14 @@ def number(value: float | None, digits: int = 4, *, sign: bool = False) -> str:
     """A figure for people: so many significant digits, thousands apart, a true minus; a dash for what is undefined."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
-    if isinstance(value, int) or (value == round(value) and abs(value) < 1e15 and abs(value) >= 10 ** (digits - 1)):
-        shown = f"{round(value):,}"
-    elif value != 0 and not 1e-4 <= abs(value) < 1e6:
+    if isinstance(value, int) or value == 0:
+        shown = f"{int(value):,}"
+    elif not 1e-4 <= abs(value) < 1e6:
         mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
         shown = f"{mantissa}e{int(exponent)}"
     else:
-        places = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
-        shown = f"{value:,.{min(places, 6)}f}"
-        if "." in shown and value == round(value):
-            shown = shown.rstrip("0").rstrip(".")
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        shown = f"{value:,.{places}f}"
     if sign and value > 0:
         shown = f"+{shown}"
     return shown.replace("-", "\N{MINUS SIGN}")

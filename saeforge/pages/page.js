@@ -36,7 +36,7 @@
 
   /* Figures for the tooltip, as the page writes them. */
   const figure = (value) => {
-    if (value === 0) return "0";
+    if (Number.isInteger(value)) return value.toLocaleString("en").replace("-", "\u2212");
     const size = Math.abs(value);
     const shown = size >= 1e-4 && size < 1e6
       ? value.toLocaleString("en", { maximumSignificantDigits: size >= 1000 ? 6 : 4 })

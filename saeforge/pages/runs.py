@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,7 +126,13 @@ def read_runs(given: Sequence[str | Path]) -> list[Run]:
 def _ordered(members: list[Path], sweep: Path) -> list[Path]:
     """The SAEs of a sweep in the order of its configuration, then the others by name."""
     named = list(((_config(sweep / "config.yaml").get("model") or {}).get("sweep") or {}))
-    return sorted(members, key=lambda path: (named.index(path.name) if path.name in named else len(named), path.name))
+
+    def place(path: Path) -> tuple[int, list[tuple[int, str]]]:
+        parts = re.split(r"(\d+)", path.name)  # k16 before k128
+        natural = [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+        return (named.index(path.name) if path.name in named else len(named), natural)
+
+    return sorted(members, key=place)
 
 
 def _read_alone(path: Path) -> Run:

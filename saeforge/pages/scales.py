@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from saeforge.pages.markup import number
-
 _SMALL = (1, 2, 5)
 
 
@@ -44,11 +42,11 @@ class Scale:
         low, high = (min(found), max(found)) if found else (1.0, 10.0)
         if log:
             low, high = math.log(low), math.log(high)
-            pad = (high - low) * room or 0.7
+            pad = (high - low) * room if high > low else 0.7
             return cls(math.exp(low - pad), math.exp(high + pad), start, end, True)
         if zero:
             low = min(low, 0.0)
-        pad = (high - low) * room or abs(high) * 0.1 or 1.0
+        pad = (high - low) * room if high > low else abs(high) * 0.1 or 1.0
         return cls(low if zero and low == 0 else low - pad, high + pad, start, end)
 
     def at(self, value: float) -> float:
@@ -92,6 +90,5 @@ def tick(value: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[unit]:.4g}{unit}".replace("-", "\N{MINUS SIGN}")
-    if size == 0 or size >= 1e-3:
-        return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
-    return number(value, 3)
+    shown = f"{value:.4g}" if size == 0 or size >= 1e-4 else f"{value:.0e}".replace("e-0", "e-")
+    return shown.replace("-", "\N{MINUS SIGN}")

@@ -140,7 +140,7 @@ def frontiers(runs: Sequence[Run]) -> Section:
 def _to_judge(runs: Sequence[Run]) -> Markup:
     lines_of = [tag("br") if i else None for i in range(len(runs))]
     commands = [part for br, run in zip(lines_of, runs, strict=True) for part in (br, mono(f"saeforge evaluate {run.path}"))]
-    return tag("p", f"{len(runs)} of these runs not judged yet: ", tag("br"), commands, class_="missing")
+    return tag("p", f"Not judged yet ({len(runs)}): ", tag("br"), commands, class_="missing")
 
 
 def _details(run: Run) -> list[tuple[str, str]]:
@@ -161,7 +161,7 @@ def table(runs: Sequence[Run]) -> Section:
     best: dict[str, float] = {}
     for column in columns:
         found = [value for run in runs if (value := column.value(run)) is not None]
-        if column.best and len(found) > 1:
+        if column.best and len(set(found)) > 1:
             best[column.name] = min(found) if column.best == "low" else max(found)
     rows = []
     for run in runs:
@@ -205,7 +205,7 @@ def differences(runs: Sequence[Run]) -> Section:
     body: list[object] = []
     if differing:
         rows = [[run.name, *(_shown(each.get(name)) for name in differing)] for run, each in zip(runs, flat, strict=True)]
-        body.append(judgement.table(None, ("run", *differing), rows))
+        body.append(tag("div", judgement.table(None, ("run", *differing), rows), class_="narrow"))
     else:
         body.append(tag("p", "In nothing that is recorded.", class_="missing"))
     if shared:

@@ -169,11 +169,14 @@ def training_curves(run: Run) -> Section:
             found = curves.of(name)
             if found is not None:
                 series.append(Series(told, *found, colour=number_of, dashed=name.startswith("val/")))
-        return lines(title, series, Axes(axis, unit), **options) if series else None
+        return lines(title, series, Axes(axis, unit, whole=unit == "latents"), **options) if series else None
 
     terms = sorted(
         name for name in curves.points if name.startswith("train/") and name not in _NOT_TERMS and any(curves.points[name][1])
     )
+    loss = curves.of("train/loss")
+    terms = [name for name in terms if loss is None or (found := curves.of(name)) is None or found[1] != loss[1]]
+    terms = [name for name in terms if any((curves.of(name) or ([], []))[1])]
     first: list[Callable[[], Markup | None]] = [
         lambda: chart("FVU", {"train/fvu": "training", "val/fvu": "validation"}, "FVU", log=True),
         lambda: chart("Loss", {"train/loss": "loss", **{t: t.removeprefix("train/") for t in terms}}, "loss", log=True),
