@@ -46,7 +46,9 @@ def evaluation(*, l0: int, fvu: float, delta: float | None, d_sae: int = 512, de
     measured: dict[str, Any] = {"effect": None, "effect_reason": "no model here"}
     if delta is not None:
         by_label = {name: effect(value) for name, value in LABELS.items()}
-        measured = {"effect": {"overall": effect(delta), "by_label": by_label, "conventions": {"delta_ce": "the headline"}}}
+        measured = {
+            "effect": {"overall": effect(delta), "by_label": by_label, "conventions": {"delta_ce": "the headline"}}
+        }
     return {
         "metrics": metrics,
         "conventions": {"fvu": "sum |r|^2 / sum |x - mu|^2"},
@@ -87,14 +89,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_log(folder: Path, members: Sequence[str] = ("",), *, steps: int = 400, version: int = 0, first: int = 10) -> None:
+def write_log(
+    folder: Path, members: Sequence[str] = ("",), *, steps: int = 400, version: int = 0, first: int = 10
+) -> None:
     """`csv/version_N/metrics.csv`: a line every ten steps, validation every fifty."""
     rows: list[dict[str, float]] = []
     for step in range(first, steps + 1, 10):
         for i, member in enumerate(members):
             prefix = f"{member}/" if member else ""
             fvu = 0.1 + 0.1 * i + 0.4 * math.exp(-step / 80)
-            own = {"train/loss": 3 * fvu, "train/mse": 2 * fvu, "train/fvu": fvu, "train/l0": 32.0 + i, "train/dead": 2.0}
+            own = {
+                "train/loss": 3 * fvu,
+                "train/mse": 2 * fvu,
+                "train/fvu": fvu,
+                "train/l0": 32.0 + i,
+                "train/dead": 2.0,
+            }
             rows.append({"step": step, "train/tokens": step * 1024.0, "train/tokens_per_second": 9000.0})
             rows[-1] |= {f"{prefix}{name}": value for name, value in own.items()} | {f"{prefix}schedule/lr": 1e-3}
             if step % 50 == 0:
@@ -108,17 +118,37 @@ def write_log(folder: Path, members: Sequence[str] = ("",), *, steps: int = 400,
         writer.writerows(rows)
 
 
-def write_features(run: Path, *, tokens: Sequence[str] = ("The ", "Golden", " Gate", " Bridge", "\n"), d_sae: int = 40) -> None:
-    """`features.sqlite` of the SAE with the digest "aa": latent 0 is dead, latent 7 is labelled, all fire on `tokens`."""
+def write_features(
+    run: Path, *, tokens: Sequence[str] = ("The ", "Golden", " Gate", " Bridge", "\n"), d_sae: int = 40
+) -> None:
+    """`features.sqlite` of the SAE with the digest "aa": latent 0 is dead, 7 has a label, all fire on `tokens`."""
     connection = create(run / "features.sqlite")
-    meta = {"format": FORMAT, "format_version": FORMAT_VERSION, "d_sae": d_sae, "examples": 20, "ranges": 5, "tokens": 9000}
+    meta = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "d_sae": d_sae,
+        "examples": 20,
+        "ranges": 5,
+        "tokens": 9000,
+    }
     meta["sae_digest"] = "aa"
     with connection:
-        connection.executemany("INSERT INTO meta VALUES (?, ?)", [(key, json.dumps(value)) for key, value in meta.items()])
+        connection.executemany(
+            "INSERT INTO meta VALUES (?, ?)", [(key, json.dumps(value)) for key, value in meta.items()]
+        )
         connection.execute("INSERT INTO documents VALUES (1, 'sample/english/0001', 'english', 'train')")
         for latent in range(d_sae):
             count = 0 if latent == 0 else 100 + latent
-            row = (latent, count, count / 9000, 2.0, 8.0, 7.0, min(count, 60), json.dumps({"0": count // 2, "2": count - count // 2} if count else {}))
+            row = (
+                latent,
+                count,
+                count / 9000,
+                2.0,
+                8.0,
+                7.0,
+                min(count, 60),
+                json.dumps({"0": count // 2, "2": count - count // 2} if count else {}),
+            )
             connection.execute("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             values: list[float | None] = [None, 8.0, *([0.0, 3.0] * len(tokens))][: len(tokens)]
             for rank in range(3 if count else 0):
@@ -137,7 +167,13 @@ def concept(label: str, latent: int, auroc: float) -> dict[str, Any]:
 
     failures = [{"claim": "difference_of_means", "found": auroc, "needed": 0.9}] if auroc < 0.9 else []
     others = {"random": score(0.6), "difference_of_means": score(0.95), "probe": score(0.97), "control": None}
-    return {"label": label, "latent": latent, "top": [{"latent": latent, "score": score(auroc)}], **others, "failures": failures}
+    return {
+        "label": label,
+        "latent": latent,
+        "top": [{"latent": latent, "score": score(auroc)}],
+        **others,
+        "failures": failures,
+    }
 
 
 def write_run(run: Path, *, features: bool = True) -> Path:
@@ -146,9 +182,17 @@ def write_run(run: Path, *, features: bool = True) -> Path:
     write_json(run / "evaluation.json", evaluation(l0=32, fvu=0.12, delta=0.15))
     write_json(
         run / "concepts.json",
-        {"concepts": [concept("french", 7, 0.98), concept("python", 8, 0.66)], "notes": ["a note"], "conventions": {"f1": "at the threshold"}},
+        {
+            "concepts": [concept("french", 7, 0.98), concept("python", 8, 0.66)],
+            "notes": ["a note"],
+            "conventions": {"f1": "at the threshold"},
+        },
     )
-    config = {"seed_everything": 0, "model": {"variant": {"class_path": "topk"}, "lr": 1e-3}, "data": {"batch_size": 1024}}
+    config = {
+        "seed_everything": 0,
+        "model": {"variant": {"class_path": "topk"}, "lr": 1e-3},
+        "data": {"batch_size": 1024},
+    }
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "run": str(run)}))
     write_log(run)
     if features:
@@ -159,7 +203,9 @@ def write_run(run: Path, *, features: bool = True) -> Path:
 def write_sweep(run: Path) -> Path:
     """A RUN of eight SAEs of three variants; the last has no evaluation."""
     entries: dict[str, dict[str, Any]] = {f"topk-{k}": {"k": k} for k in (16, 32, 64, 128)}
-    entries |= {f"{variant}-{l0}": {"variant": variant, "target_l0": l0} for variant in ("gated", "l1_relu") for l0 in (32, 64)}
+    entries |= {
+        f"{variant}-{l0}": {"variant": variant, "target_l0": l0} for variant in ("gated", "l1_relu") for l0 in (32, 64)
+    }
     for i, (name, entry) in enumerate(entries.items()):
         l0 = int(name.rsplit("-", 1)[1])
         variant = entry.get("variant", "topk")
@@ -169,7 +215,14 @@ def write_sweep(run: Path) -> Path:
             figures = evaluation(l0=l0, fvu=0.9 / l0**0.5 * worse, delta=3.0 / l0 * worse, dead=i)
             write_json(run / name / "evaluation.json", figures)
     write_features(run / "topk-16")
-    model = {"variant": {"class_path": "topk", "init_args": {"d_sae": 512}}, "lr": 1e-3, "target_l0": None, "sweep": entries}
-    (run / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 0, "model": model, "data": {"batch_size": 1024}}, sort_keys=False))
+    model = {
+        "variant": {"class_path": "topk", "init_args": {"d_sae": 512}},
+        "lr": 1e-3,
+        "target_l0": None,
+        "sweep": entries,
+    }
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({"seed_everything": 0, "model": model, "data": {"batch_size": 1024}}, sort_keys=False)
+    )
     write_log(run, list(entries))
     return run

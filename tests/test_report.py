@@ -27,6 +27,7 @@ from saeforge.pages.scales import Scale
 from tests import run_folders
 from tests.run_folders import write_features, write_json, write_log, write_run, write_sweep
 
+DASH = "\N{EN DASH}"
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&\u202eevil\u2066\x00\x1b[31m\x85\ud800\uffff<!--"
 
 
@@ -278,7 +279,11 @@ def test_what_is_no_run_or_damaged_is_an_error_that_names_the_file(tmp_path: Pat
         with pytest.raises(error, match=words_of):
             saeforge.report(given)
     run = write_run(tmp_path / "run", features=False)
-    for file, kind in (("evaluation.json", DatasetError), ("concepts.json", DatasetError), ("sae/sae.json", CheckpointError)):
+    for file, kind in (
+        ("evaluation.json", DatasetError),
+        ("concepts.json", DatasetError),
+        ("sae/sae.json", CheckpointError),
+    ):
         before = (run / file).read_text()
         (run / file).write_text(before[:50])
         with pytest.raises(kind, match=f"{file} is damaged"):
@@ -355,10 +360,10 @@ def test_ticks_are_few_inside_and_distinct(low: float, high: float, log: bool) -
 
 def test_figures_are_written_for_people() -> None:
     assert [number(v) for v in (None, math.nan, 0, 0.0, 2048, 1234567, 0.1365, 18.391, -0.05, 1e-9)] == [
-        "–", "–", "0", "0", "2,048", "1,234,567", "0.1365", "18.39", "\N{MINUS SIGN}0.05000", "1.00e\N{MINUS SIGN}9",
+        DASH, DASH, "0", "0", "2,048", "1,234,567", "0.1365", "18.39", "\N{MINUS SIGN}0.05000", "1.00e\N{MINUS SIGN}9",
     ]  # fmt: skip
     assert number(0.136, 3, sign=True) == "+0.136"
-    assert [percent(v) for v in (0, 1, 0.0213, 3e-5, None)] == ["0%", "100%", "2.13%", "0.0030%", "–"]
+    assert [percent(v) for v in (0, 1, 0.0213, 3e-5, None)] == ["0%", "100%", "2.13%", "0.0030%", DASH]
 
 
 # The parts that it reads are the ones that are written ----------------------------------------------------------------
@@ -369,7 +374,11 @@ def test_the_folders_of_these_tests_have_the_names_of_real_ones() -> None:
     from saeforge.metrics import Firing, Reconstruction
 
     mine = run_folders.evaluation(l0=32, fvu=0.1, delta=0.1)
-    for kind, found in ((Reconstruction, mine["metrics"]), (Firing, mine["firing"]), (EffectMetrics, mine["effect"]["overall"])):
+    for kind, found in (
+        (Reconstruction, mine["metrics"]),
+        (Firing, mine["firing"]),
+        (EffectMetrics, mine["effect"]["overall"]),
+    ):
         assert set(found) - {"conventions"} == {field.name for field in dataclasses.fields(kind)}
 
 

@@ -53,7 +53,9 @@ class Opened:
         self.complaints: list[str] = []
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.complaints.append(request.url) if request.url.startswith("http") else None)
+        self.page.on(
+            "request", lambda request: self.complaints.append(request.url) if request.url.startswith("http") else None
+        )
         self.page.goto(path.resolve().as_uri())
 
     def __enter__(self) -> Opened:
@@ -78,8 +80,7 @@ def contrast(page: Any, selector: str) -> float:
           let behind = node;
           while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
           const style = getComputedStyle(node);
-          const pair = [style.fill !== "rgb(0, 0, 0)" ? style.fill : style.color, getComputedStyle(behind).backgroundColor];
-          const [a, b] = pair.map(luminance).sort((x, y) => y - x);
+          const [a, b] = [style.color, getComputedStyle(behind).backgroundColor].map(luminance).sort((x, y) => y - x);
           return (a + 0.05) / (b + 0.05);
         }""",
         selector,
@@ -105,7 +106,8 @@ def test_a_page_fits_and_complains_of_nothing(
         assert dark == (scheme == "dark")
         assert page.evaluate("window.broken") is None
         outside = page.evaluate(
-            """[...document.querySelectorAll(".plot:not([hidden])")].flatMap((svg) => [...svg.querySelectorAll("text, .mark, .bar")]
+            """[...document.querySelectorAll(".plot:not([hidden])")]
+              .flatMap((svg) => [...svg.querySelectorAll("text, .mark, .column")]
               .filter((n) => n.getBBox().x < -1 || n.getBBox().x + n.getBBox().width > svg.viewBox.baseVal.width + 8)
               .map((n) => n.textContent + n.outerHTML))"""
         )
@@ -116,7 +118,18 @@ def test_a_page_fits_and_complains_of_nothing(
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read(browser: Any, pages: dict[str, Path], scheme: str) -> None:
     with Opened(browser, pages["one"], DESK, scheme) as opened:
-        for selector in ("h1", "section > .lede", ".tiles .note", ".facts dt", "td.note", ".chip", "summary", "mark.h8", "mark.h3", "cite"):
+        for selector in (
+            "h1",
+            "section > .lede",
+            ".tiles .note",
+            ".facts dt",
+            "td.note",
+            ".chip",
+            "summary",
+            "mark.h8",
+            "mark.h3",
+            "cite",
+        ):
             assert contrast(opened.page, selector) >= 4.5, selector
 
 
@@ -158,7 +171,9 @@ def test_a_finger_and_the_keyboard_reach_the_same_figures(browser: Any, pages: d
         assert not page.locator(".tip").is_visible()
 
 
-def test_buttons_change_the_scale_hide_a_series_sort_the_table_and_the_theme(browser: Any, pages: dict[str, Path]) -> None:
+def test_buttons_change_the_scale_hide_a_series_sort_the_table_and_the_theme(
+    browser: Any, pages: dict[str, Path]
+) -> None:
     with Opened(browser, pages["several"], DESK, "light") as opened:
         page = opened.page
         chart = page.locator("#frontier .chart").first
@@ -175,10 +190,10 @@ def test_buttons_change_the_scale_hide_a_series_sort_the_table_and_the_theme(bro
         column = page.locator("#runs tbody tr td:nth-child(5)")
         head.click()
         up = column.all_inner_texts()
-        assert up[-1] == "–"  # what was not judged stays last
+        assert up[-1] == "\N{EN DASH}"  # what was not judged stays last
         assert up[:-1] == sorted(up[:-1], key=float)
         head.click()
-        assert column.all_inner_texts() == [*reversed(up[:-1]), "–"]
+        assert column.all_inner_texts() == [*reversed(up[:-1]), "\N{EN DASH}"]
         page.locator(".theme").click()
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 25)"
         assert opened.complaints == []

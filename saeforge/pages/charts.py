@@ -155,12 +155,18 @@ def _columns(content: Bars, x: Scale, y: Scale, bottom: float, colour: int, item
             left, right = middle - width / 2, middle + width / 2
         title = tag("title", f"{item['title']}: {count:,} {content.unit}")
         shape = {"x": left, "y": top, "width": max(right - left, 0.8), "height": bottom - top, "rx": 1.5}
-        drawn.append(tag("rect", title, class_="bar", **shape))
+        drawn.append(tag("rect", title, class_="column", **shape))
     return tag("g", drawn, class_=f"series c{colour % COLOURS}")
 
 
 def frontier(
-    title: str, points: Sequence[Point], axes: Axes, *, colours: dict[str, int], note: object = None, legend: bool = True
+    title: str,
+    points: Sequence[Point],
+    axes: Axes,
+    *,
+    colours: dict[str, int],
+    note: object = None,
+    legend: bool = True,
 ) -> Markup:
     """Runs as points, those of one series joined in the order of x; both views have a logarithmic x.
 

@@ -43,13 +43,13 @@ class Curves:
 def read_curves(folder: Path, members: Sequence[str] = ("",)) -> dict[str, Curves]:
     """The curves of a RUN folder, by SAE; those without any are left out.
 
-    A resumed run has a file for each start: from the first step of a later one on, what earlier ones have is of steps that
-    were made again.
+    A resumed run has a file for each start: from the first step of a later one on, what earlier ones have is of steps
+    that were made again.
 
     Args:
         folder: RUN.
-        members: names of the SAEs that train side by side, which stand before the names of their figures; "" alone for a
-            run of one.
+        members: names of the SAEs that train side by side, which stand before the names of their figures; "" alone
+            for a run of one.
 
     Raises:
         DatasetError: a log that is not one.

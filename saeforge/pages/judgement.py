@@ -1,9 +1,9 @@
-"""What `evaluation.json` and `concepts.json` say, as tables and charts: each figure beside its controls and definition."""
+"""What `evaluation.json` says, as tables and charts: each figure beside its controls and its definition."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
 
 from saeforge.pages.charts import Bars, Interval, bars, intervals
 from saeforge.pages.frame import Axes
@@ -143,7 +143,11 @@ def reconstruction(run: Run) -> Markup | None:
     rows.append(["dead latents", number(metrics["dead"]), note(f"{percent(metrics['dead'] / d_sae)} {silent}")])
     share = metrics.get("firing_share_10pct")
     rows.append(
-        ["dense latents", number(metrics["dense_10pct"]), note(f"fire on over 10% of tokens; {percent(share)} of all firings")]
+        [
+            "dense latents",
+            number(metrics["dense_10pct"]),
+            note(f"fire on over 10% of tokens; {percent(share)} of all firings"),
+        ]
     )
     where = f"{number(metrics['tokens'])} tokens of the {found.get('split')} split"
     parts: list[Markup] = [
@@ -211,7 +215,7 @@ def density_histogram(run: Run, *, title: str = "Density", colour: int = 0) -> M
         return None
     first, last = max(0, min(filled[0], len(counts) - 8)), filled[-1]  # two decades at least, else it looks flat
     edges, counts = edges[first : last + 2], counts[first : last + 1]
-    labels = [f"on {percent(10**low)} to {percent(10**high)} of tokens" for low, high in zip(edges, edges[1:], strict=False)]
+    labels = [f"on {percent(10**low)} to {percent(10**high)} of tokens" for low, high in itertools.pairwise(edges)]
     dead = firing.get("dead") or 0
     told = f"{number(sum(counts))} latents fired, {number(dead)} never"
     ticks = [edge for edge in edges if edge == round(edge)]

@@ -75,7 +75,9 @@ def probing(run: Run) -> Markup | None:
         return None
     mean = found["mean"]
     kinds = [(f"{k} latent{'s' if k != '1' else ''}", score, "strong") for k, score in mean["latents"].items()]
-    kinds += [(f"{k} dimension{'s' if k != '1' else ''} (control)", s, "control") for k, s in mean["residual_top"].items()]
+    kinds += [
+        (f"{k} dimension{'s' if k != '1' else ''} (control)", s, "control") for k, s in mean["residual_top"].items()
+    ]
     kinds += [("difference of means (control)", mean["difference_of_means"], "control")]
     kinds += [("all dimensions (control)", mean["residual"], "control")]
     rows: list[list[object]] = [[name, _estimate(s["accuracy"]), _estimate(s["auroc"])] for name, s, _ in kinds]
@@ -133,7 +135,7 @@ def perturbation(run: Run) -> Markup | None:
 
 def further(run: Run, known: set[str]) -> Markup | None:
     """Parts of an evaluation that this page has no table of its own for: their figures, with their conventions."""
-    parts = []
+    parts: list[Markup | None] = []
     for key, found in (run.evaluation or {}).items():
         if key in known or not isinstance(found, dict):
             continue

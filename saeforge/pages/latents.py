@@ -36,11 +36,11 @@ class Group:
 
 
 def choose(store: FeatureStore, most: int, *, seed: int = 0) -> list[Group]:
-    """Up to `most` latents: the labelled ones, the peaked ones, and some drawn at random, which show what is usual.
+    """Up to `most` latents: labelled ones, peaked ones, and some drawn at random, which show what is usual.
 
     Labelled: those with the best score of each label, up to half. Peaked: greatest ratio of the 99th percentile of a
-    latent's activations to their mean, so that what it is strongest on stands out. A quarter is drawn at random from all
-    that fired.
+    latent's activations to their mean, so that what it is strongest on stands out. A quarter is drawn at random from
+    all that fired.
     """
     taken: set[int] = set()
 
@@ -61,11 +61,13 @@ def choose(store: FeatureStore, most: int, *, seed: int = 0) -> list[Group]:
         Group("Labelled", "The best latent of each label on held-out documents, by token AUROC, best first.", labelled),
         Group(
             "Peaked",
-            f"Of latents that fire in {FEW_DOCUMENTS} documents or more and on less than {percent(DENSE)} of tokens: those "
-            "whose strong activations (99th percentile) stand out most from their mean.",
+            f"Of latents that fire in {FEW_DOCUMENTS} documents or more and on less than {percent(DENSE)} of tokens: "
+            "those whose strong activations (99th percentile) stand out most from their mean.",
             peaked,
         ),
-        Group("Drawn at random", f"From all that fired, with seed {seed}: what a latent of this SAE usually is.", drawn),
+        Group(
+            "Drawn at random", f"From all that fired, with seed {seed}: what a latent of this SAE usually is.", drawn
+        ),
     ]
     return [group for group in groups if group.latents]
 

@@ -1,7 +1,7 @@
 """HTML that is escaped by construction: strings become text, and only `Markup` becomes markup.
 
-What a page shows comes from datasets, file names and configurations, and is hostile until proven otherwise: it may close
-a script, turn the reading direction round, or hold bytes that no document may contain.
+What a page shows comes from datasets, file names and configurations, and is hostile until proven otherwise: it may
+close a script, turn the reading direction round, or hold bytes that no document may contain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _SHOWN = {
         for code in (0x061C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
     },
     **dict.fromkeys(range(0xD800, 0xE000), _REPLACEMENT),  # lone surrogates, which UTF-8 has no bytes for
-    **dict.fromkeys([*range(0xFDD0, 0xFDF0), *(plane + low for plane in range(0, 0x110000, 0x10000) for low in (0xFFFE, 0xFFFF))], _REPLACEMENT),
+    **dict.fromkeys(
+        [*range(0xFDD0, 0xFDF0), *(plane + low for plane in range(0, 0x110000, 0x10000) for low in (0xFFFE, 0xFFFF))],
+        _REPLACEMENT,
+    ),
 }
 
 

@@ -146,6 +146,7 @@
       });
       return content.kind === "points" && least > 60 ? -1 : best;
     };
+    document.addEventListener("pointerdown", (event) => { if (current && !chart.contains(event.target)) leave(); });
     chart.querySelectorAll(".plot").forEach((svg) => {
       const point = (event) => {
         const box = svg.getBoundingClientRect();
@@ -156,7 +157,7 @@
       };
       svg.addEventListener("pointermove", point);
       svg.addEventListener("pointerdown", point);
-      svg.addEventListener("pointerleave", leave);
+      svg.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") leave(); }); // a lifted finger leaves, too
       svg.addEventListener("blur", leave);
       svg.addEventListener("keydown", (event) => {
         const list = stops(svg);

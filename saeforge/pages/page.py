@@ -1,7 +1,7 @@
 """The template: one HTML file with everything in it, which reaches for nothing.
 
-A content security policy forbids what the file does not hold itself: no address is ever loaded, and no script runs but the
-one below, by its digest. Style and script are `page.css` and `page.js`, beside this file.
+A content security policy forbids what the file does not hold itself: no address is ever loaded, and no script runs but
+the one below, by its digest. Style and script are `page.css` and `page.js`, beside this file.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def page(title: str, head: Markup, sections: Sequence[Section], *, foot: object 
     )
     links = [tag("a", each.short or each.title, href=f"#{each.anchor}") for each in sections]
     theme = tag("button", "Theme", type="button", class_="theme", title="light or dark")
-    bar = tag("div", tag("div", tag("b", title), tag("nav", links, aria_label="parts"), theme, class_="wrap"), class_="bar")
+    bar = tag(
+        "div", tag("div", tag("b", title), tag("nav", links, aria_label="parts"), theme, class_="wrap"), class_="bar"
+    )
     body = [
         tag(
             "section",

@@ -16,9 +16,7 @@ REPORT_FILE = "report.html"
 LATENTS, CONTEXTS = 24, 4
 
 
-def report(
-    *runs: str | Path, out: str | Path | None = None, latents: int = LATENTS, contexts: int = CONTEXTS
-) -> Path:
+def report(*runs: str | Path, out: str | Path | None = None, latents: int = LATENTS, contexts: int = CONTEXTS) -> Path:
     """Writes a page about runs: what was trained on what, how good it is, curves, latents in their contexts.
 
     One HTML file that loads nothing, for light and dark, desk and phone, screen and paper. What is missing (an
@@ -56,7 +54,9 @@ def _place(runs: Sequence[str | Path], out: str | Path | None) -> Path:
     """
     if out is not None:
         if Path(out).is_dir():
-            raise ConfigError(f"out = {out} is a folder; give the name of a file in it, such as {Path(out) / REPORT_FILE}")
+            raise ConfigError(
+                f"out = {out} is a folder; give the name of a file in it, such as {Path(out) / REPORT_FILE}"
+            )
         return Path(out)
     folders = [Path(run).parent if Path(run).name == "sae" else Path(run) for run in runs]
     if len(folders) == 1:
@@ -103,6 +103,8 @@ def _write(path: Path, html: str) -> None:
         part.write_text(html, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise SaeforgeError(f"could not write {path}: {error}; free space, or choose another place with --out") from error
+        raise SaeforgeError(
+            f"could not write {path}: {error}; free space, or choose another place with --out"
+        ) from error
     finally:
         part.unlink(missing_ok=True)

@@ -125,7 +125,7 @@ def read_runs(given: Sequence[str | Path]) -> list[Run]:
 
 def _ordered(members: list[Path], sweep: Path) -> list[Path]:
     """The SAEs of a sweep in the order of its configuration, then the others by name."""
-    named = list(((_config(sweep / "config.yaml").get("model") or {}).get("sweep") or {}))
+    named = list((_config(sweep / "config.yaml").get("model") or {}).get("sweep") or {})
 
     def place(path: Path) -> tuple[int, list[tuple[int, str]]]:
         parts = re.split(r"(\d+)", path.name)  # k16 before k128

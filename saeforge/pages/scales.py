@@ -27,7 +27,14 @@ class Scale:
 
     @classmethod
     def of(
-        cls, values: Iterable[float], start: float, end: float, *, log: bool = False, zero: bool = False, room: float = 0.04
+        cls,
+        values: Iterable[float],
+        start: float,
+        end: float,
+        *,
+        log: bool = False,
+        zero: bool = False,
+        room: float = 0.04,
     ) -> Scale:
         """One that holds all values, with room at both ends.
 
@@ -51,7 +58,9 @@ class Scale:
 
     def at(self, value: float) -> float:
         """Coordinate of a value."""
-        low, high, value = (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        low, high, value = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, most: int = 5) -> list[float]:
@@ -68,7 +77,9 @@ class Scale:
 
     def powers_of_two(self) -> list[float]:
         """The powers of two inside; the usual ticks where there are fewer than two, or too many."""
-        exponents = range(math.ceil(math.log2(self.low)), math.floor(math.log2(self.high)) + 1) if self.low > 0 else range(0)
+        exponents = (
+            range(math.ceil(math.log2(self.low)), math.floor(math.log2(self.high)) + 1) if self.low > 0 else range(0)
+        )
         return [2.0**n for n in exponents] if 2 <= len(exponents) <= 9 else self.ticks()
 
     def to_json(self) -> list[float | bool]:
@@ -90,5 +101,5 @@ def tick(value: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[unit]:.4g}{unit}".replace("-", "\N{MINUS SIGN}")
-    shown = f"{value:.4g}" if size == 0 or size >= 1e-4 else f"{value:.0e}".replace("e-0", "e-")
+    shown = f"{value:.4g}" if size == 0 or size >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
     return shown.replace("-", "\N{MINUS SIGN}")

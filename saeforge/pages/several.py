@@ -1,4 +1,4 @@
-"""The page of several runs: the frontier of sparsity, reconstruction and effect, a table to sort, what differs, curves."""
+"""The page of several runs: the frontier of L0, FVU and effect, a table to sort, what differs, curves."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ COLUMNS = (
         sign=True,
         best="low",
     ),
-    Column("CE score (mean)", lambda run: run.effect("ce_score_mean"), "1 is no loss, 0 the site at its mean", best="high"),
+    Column("CE score (mean)", lambda run: run.effect("ce_score_mean"), "1 is no loss, 0 the mean of all", best="high"),
     Column("KL", lambda run: run.effect("kl_sae"), "of the model's predictions, nats per token", best="low"),
     Column("top-1", lambda run: run.effect("top1_sae"), "share of predictions that stay", best="high"),
     Column("dead", _dead, "share of latents that never fired on held-out tokens"),
@@ -111,7 +111,12 @@ def frontiers(runs: Sequence[Run]) -> Section:
     charts = []
     for title, unit, value, interval in (
         ("FVU over L0", "FVU", lambda run: run.metric("fvu"), lambda run: None),
-        ("ΔCE over L0", "ΔCE, nats per token", lambda run: run.effect("delta_ce"), lambda run: run.effect_interval("delta_ce")),
+        (
+            "ΔCE over L0",
+            "ΔCE, nats per token",
+            lambda run: run.effect("delta_ce"),
+            lambda run: run.effect_interval("delta_ce"),
+        ),
     ):
         points = []
         for run in runs:
@@ -130,7 +135,12 @@ def frontiers(runs: Sequence[Run]) -> Section:
         keys = [Key(name, colour, shape="marker") for name, colour in colours.items()]
         body = [legend(keys) if len(keys) > 1 else None, tag("div", charts, class_="charts wide")]
     if len(charts) == 1:
-        body.append(missing("None of these runs has its effect on the model measured; with the model at hand:", "saeforge evaluate RUN"))
+        body.append(
+            missing(
+                "None of these runs has its effect on the model measured; with the model at hand:",
+                "saeforge evaluate RUN",
+            )
+        )
     if unjudged:
         body.append(_to_judge(unjudged))
     lede = "Sparser codes reconstruct less: runs are compared along the frontier, never by one figure."
@@ -139,7 +149,9 @@ def frontiers(runs: Sequence[Run]) -> Section:
 
 def _to_judge(runs: Sequence[Run]) -> Markup:
     lines_of = [tag("br") if i else None for i in range(len(runs))]
-    commands = [part for br, run in zip(lines_of, runs, strict=True) for part in (br, mono(f"saeforge evaluate {run.path}"))]
+    commands = [
+        part for br, run in zip(lines_of, runs, strict=True) for part in (br, mono(f"saeforge evaluate {run.path}"))
+    ]
     return tag("p", f"Not judged yet ({len(runs)}): ", tag("br"), commands, class_="missing")
 
 
@@ -201,10 +213,14 @@ def differences(runs: Sequence[Run]) -> Section:
     flat = [settings_of(run) for run in runs]
     names = list(dict.fromkeys(name for each in flat for name in each))
     differing = [name for name in names if len({repr(each.get(name)) for each in flat}) > 1]
-    shared = [(name, _shown(flat[0][name])) for name in names if name not in differing and flat[0].get(name) is not None]
+    shared = [
+        (name, _shown(flat[0][name])) for name in names if name not in differing and flat[0].get(name) is not None
+    ]
     body: list[object] = []
     if differing:
-        rows = [[run.name, *(_shown(each.get(name)) for name in differing)] for run, each in zip(runs, flat, strict=True)]
+        rows = [
+            [run.name, *(_shown(each.get(name)) for name in differing)] for run, each in zip(runs, flat, strict=True)
+        ]
         body.append(tag("div", judgement.table(None, ("run", *differing), rows), class_="narrow"))
     else:
         body.append(tag("p", "In nothing that is recorded.", class_="missing"))
@@ -276,8 +292,16 @@ def densities(runs: Sequence[Run]) -> Section | None:
     drawn = [chart for chart in drawn if chart is not None]
     if not drawn:
         return None
-    body = tag("details", tag("summary", f"{len(drawn)} histograms"), tag("div", drawn, class_="charts"), open=len(drawn) <= 12)
-    return Section("density", "How often latents fire", body, "Latents by the share of held-out tokens on which they fire.", "Density")
+    body = tag(
+        "details", tag("summary", f"{len(drawn)} histograms"), tag("div", drawn, class_="charts"), open=len(drawn) <= 12
+    )
+    return Section(
+        "density",
+        "How often latents fire",
+        body,
+        "Latents by the share of held-out tokens on which they fire.",
+        "Density",
+    )
 
 
 def latents(runs: Sequence[Run], most: int, contexts: int) -> Section | None:
@@ -288,7 +312,9 @@ def latents(runs: Sequence[Run], most: int, contexts: int) -> Section | None:
     body: list[object] = []
     for i, run in enumerate(runs):
         if not run.has_features:
-            body.append(missing(f"{run.name}: to see its latents in their contexts:", f"saeforge features build {run.path}"))
+            body.append(
+                missing(f"{run.name}: to see its latents in their contexts:", f"saeforge features build {run.path}")
+            )
             continue
         with FeatureStore.open(run.path) as store:
             groups: list[Group] = choose(store, each)

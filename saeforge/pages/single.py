@@ -64,11 +64,19 @@ def headline(run: Run) -> list[tuple[str, str, object]]:
             told = f"[{number(bounds[0], 3)}, {number(bounds[1], 3)}] {told}"
         found.append(("ΔCE", number(delta, 3, sign=True), told))
     found.append(("FVU", number(run.metric("fvu"), 3), "of the variance is not explained; 1 would predict the mean"))
-    spread = f"p5 {number(run.metric('l0_p5'))}, median {number(run.metric('l0_p50'))}, p95 {number(run.metric('l0_p95'))}"
+    spread = (
+        f"p5 {number(run.metric('l0_p5'))}, median {number(run.metric('l0_p50'))}, p95 {number(run.metric('l0_p95'))}"
+    )
     found.append(("L0", number(run.metric("l0_mean"), 3), f"latents active on a token; {spread}"))
     dead = run.metric("dead")
     share = None if dead is None or not run.d_sae else dead / run.d_sae
-    found.append(("Dead latents", number(dead), f"{percent(share)} never fired in {number(run.metric('tokens'))} held-out tokens"))
+    found.append(
+        (
+            "Dead latents",
+            number(dead),
+            f"{percent(share)} never fired in {number(run.metric('tokens'))} held-out tokens",
+        )
+    )
     return found
 
 
@@ -79,10 +87,11 @@ def overview(run: Run) -> Section:
     variant = card.get("variant") if isinstance(card.get("variant"), dict) else {}
     d_in, d_out, d_sae = card.get("d_in"), card.get("d_out"), run.d_sae
     of_package = " ".join(str(variant[key]) for key in ("distribution", "version") if variant.get(key))
+    expansion = f" ({d_sae / d_in:g} \N{MULTIPLICATION SIGN} {d_in})" if d_sae and d_in else ""
     sae: list[tuple[str, object]] = [
         ("variant", mono(run.variant)),
         ("from", of_package or None),
-        ("latents", f"{number(d_sae)}" + (f" ({d_sae / d_in:g} \N{MULTIPLICATION SIGN} {d_in})" if d_sae and d_in else "")),
+        ("latents", number(d_sae) + expansion),
         ("active", {"topk": f"k = {card.get('k')} of each token", "threshold": "above a threshold of each latent"}.get(
             str(card.get("rule")), "by the variant's own encoder" if card.get("rule") else None
         )),
@@ -95,7 +104,12 @@ def overview(run: Run) -> Section:
         ("revision", str(model["revision"])[:12] if model.get("revision") else None),
         ("site", mono(site_of(run)) if site_of(run) else None),
         ("stored as", (card.get("site") or {}).get("dtype")),
-        ("dataset", mono(card.get("dataset_path") or data.get("path")) if card.get("dataset_path") or data.get("path") else None),
+        (
+            "dataset",
+            mono(card.get("dataset_path") or data.get("path"))
+            if card.get("dataset_path") or data.get("path")
+            else None,
+        ),
         ("fingerprint", mono(str(card["dataset"])[:12]) if card.get("dataset") else None),
     ]
     rate, seed = config.get("lr"), config.get("seed")
@@ -108,7 +122,10 @@ def overview(run: Run) -> Section:
         ("precision", training.get("precision")),
         ("seed", None if seed is None else str(seed)),
         ("speed", _speed(run)),
-        ("saeforge, torch", ", ".join(str(training[key]) for key in ("saeforge", "torch") if training.get(key)) or None),
+        (
+            "saeforge, torch",
+            ", ".join(str(training[key]) for key in ("saeforge", "torch") if training.get(key)) or None,
+        ),
     ]
     body: list[object] = [facts([("Autoencoder", sae), ("Activations", activations), ("Training", trained)])]
     if not card:
@@ -172,7 +189,9 @@ def training_curves(run: Run) -> Section:
         return lines(title, series, Axes(axis, unit, whole=unit == "latents"), **options) if series else None
 
     terms = sorted(
-        name for name in curves.points if name.startswith("train/") and name not in _NOT_TERMS and any(curves.points[name][1])
+        name
+        for name in curves.points
+        if name.startswith("train/") and name not in _NOT_TERMS and any(curves.points[name][1])
     )
     loss = curves.of("train/loss")
     terms = [name for name in terms if loss is None or (found := curves.of(name)) is None or found[1] != loss[1]]
@@ -190,7 +209,9 @@ def training_curves(run: Run) -> Section:
         own = chart(name.removeprefix("schedule/"), {name: name}, "value", note="coefficient of the variant", zero=True)
         drawn += [own] if own is not None else []
     body = tag("div", drawn, class_="charts")
-    return Section("curves", "Training", body, "Figures of the training stream, and of held-out rows where they are dashed.")
+    return Section(
+        "curves", "Training", body, "Figures of the training stream, and of held-out rows where they are dashed."
+    )
 
 
 _NOT_TERMS = {"train/loss", "train/l0", "train/fvu", "train/dead", "train/tokens", "train/tokens_per_second"}
@@ -211,7 +232,9 @@ def latent_section(run: Run, most: int, contexts: int, *, anchor: str = "latents
     if most == 0:
         return None
     if not run.has_features:
-        note = missing("What fires the latents has not been looked at. To do so:", f"saeforge features build {run.path}")
+        note = missing(
+            "What fires the latents has not been looked at. To do so:", f"saeforge features build {run.path}"
+        )
         return Section(anchor, "Latents", note)
     with FeatureStore.open(run.path) as store:
         body: list[object] = []
@@ -220,10 +243,11 @@ def latent_section(run: Run, most: int, contexts: int, *, anchor: str = "latents
             body.append(tag("p", group.rule, class_="small"))
             body.append(cards(store, group, contexts=contexts, prefix=prefix))
         read = number(int(store.meta["tokens"]))
-    lede = join(
-        [f"The strongest contexts in {read} tokens. Activation: ", colour_scale(), " to a latent's maximum; the underlined "
-         "token has the figure at the left. Small bars: activations by octave, square-root scale."]
-    )  # fmt: skip
+    told = (
+        " to a latent's maximum; the underlined token has the figure at its left. Small bars: activations by octave, "
+        "square-root scale."
+    )
+    lede = join([f"The strongest contexts in {read} tokens. Activation: ", colour_scale(), told])
     return Section(anchor, "Latents", body, lede)
 
 
