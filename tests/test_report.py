@@ -86,6 +86,15 @@ def test_a_run_is_told_from_its_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "sample/english/0001 · english · token 5" in said
 
 
+def test_every_link_inside_a_page_leads_somewhere(tmp_path: Path) -> None:
+    for html in (page_of(write_run(tmp_path / "one"), latents=4), page_of(write_sweep(tmp_path / "eight"))):
+        elements = Reader(html).elements
+        anchors = [attributes["id"] for _, attributes in elements if "id" in attributes]
+        assert len(anchors) == len(set(anchors))
+        links = {attributes["href"] for name, attributes in elements if name == "a"}
+        assert links <= {f"#{anchor}" for anchor in anchors}
+
+
 def test_the_token_that_an_example_is_about_is_marked_by_its_strength(tmp_path: Path) -> None:
     html = page_of(write_run(tmp_path / "run"))
     assert '<mark class="h8 centre" title="8.00">Golden</mark>' in html

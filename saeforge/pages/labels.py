@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from saeforge.pages.judgement import MOST_LABELS, note, table
@@ -13,20 +14,34 @@ from saeforge.pages.runs import Run
 def _estimate(found: Any, *, sign: bool = False) -> Markup:
     """A cell of a figure with its bounds, as `{value, low, high}`; a dash for what was not measured."""
     if not isinstance(found, dict):
-        return tag("td", number(found if isinstance(found, int | float) else None, 3, sign=sign))
-    shown = number(found.get("value"), 3, sign=sign)
-    low, high = (number(found.get(bound), 3, sign=sign) for bound in ("low", "high"))
-    return tag("td", shown, tag("span", f" [{low}, {high}]", class_="range"))
+        return tag("td", _share(found, sign=sign))
+    low, high = (_share(found.get(bound), sign=sign) for bound in ("low", "high"))
+    return tag("td", _share(found.get("value"), sign=sign), tag("span", f" [{low}, {high}]", class_="range"))
+
+
+def _share(found: Any, *, sign: bool = False) -> str:
+    """A share, or a difference of shares, with three places; a dash for what is not there."""
+    if not isinstance(found, int | float):
+        return number(None)
+    return f"{found:{'+' if sign else ''}.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _link(latent: int, shown: Collection[int]) -> Markup:
+    """A cell with a latent's number, which leads to the latent if the page shows it."""
+    return tag("td", tag("a", str(latent), href=f"#latent-{latent}") if latent in shown else str(latent))
 
 
 def _value(found: Any, *path: str) -> str:
     for key in path:
         found = found.get(key) if isinstance(found, dict) else None
-    return number(found if isinstance(found, int | float) else None, 3)
+    return _share(found)
 
 
-def concepts(run: Run) -> Markup | None:
-    """The concept table: each label's latent on held-out documents, beside random latents, means and a probe."""
+def concepts(run: Run, shown: Collection[int] = ()) -> Markup | None:
+    """The concept table: each label's latent on held-out documents, beside random latents, means and a probe.
+
+    `shown`: latents that the page has a card of.
+    """
     if run.concepts is None:
         return None
     found = run.concepts.get("concepts") or []
@@ -41,7 +56,7 @@ def concepts(run: Run) -> Markup | None:
         name = join([row["label"], tag("span", " *", class_="fails") if fails else None])
         cells: list[object] = [
             name,
-            tag("td", tag("a", str(row["latent"]), href=f"#latent-{row['latent']}")),
+            _link(row["latent"], shown),
             _estimate(best["token_auroc"]),
             _value(row, "random", "token_auroc", "value"),
         ]
@@ -50,7 +65,7 @@ def concepts(run: Run) -> Markup | None:
             _value(row, "difference_of_means", "token_auroc", "value"),
             _value(row, "probe", "token_auroc", "value"),
             _value(best, "document_auroc", "value"),
-            number(best.get("active_on_label"), 3),
+            _share(best.get("active_on_label")),
         ]
         rows.append(cells)
     told = None
@@ -68,8 +83,11 @@ def concepts(run: Run) -> Markup | None:
     return join(parts)
 
 
-def probing(run: Run) -> Markup | None:
-    """k-sparse probing: means over labels, beside the activations' own probes, and by label."""
+def probing(run: Run, shown: Collection[int] = ()) -> Markup | None:
+    """k-sparse probing: means over labels, beside the activations' own probes, and by label.
+
+    `shown`: latents that the page has a card of.
+    """
     found = (run.evaluation or {}).get("probing")
     if not isinstance(found, dict):
         return None
@@ -89,7 +107,7 @@ def probing(run: Run) -> Markup | None:
         by_label.append(
             [
                 name,
-                tag("td", tag("a", str(each["chosen_latents"][0]), href=f"#latent-{each['chosen_latents'][0]}")),
+                _link(each["chosen_latents"][0], shown),
                 *(_value(scores, "latents", k, "accuracy", "value") for k in ks),
                 _value(scores, "difference_of_means", "accuracy", "value"),
                 _value(scores, "residual", "accuracy", "value"),

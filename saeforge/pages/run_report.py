@@ -69,12 +69,13 @@ def _foot() -> str:
 
 
 def _single(run: Run, latents: int, contexts: int) -> str:
+    groups = single.chosen(run, latents)
     parts = [
         single.overview(run),
-        single.judged(run),
+        single.judged(run, groups),
         single.training_curves(run),
-        single.concept_section(run),
-        single.latent_section(run, latents, contexts),
+        single.concept_section(run, groups),
+        single.latent_section(run, groups, contexts) if latents else None,
         single.settings(run),
     ]
     return page(run.name, single.head(run, "saeforge · run report"), _there(parts), foot=_foot())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from saeforge.features.store import FeatureStore
 from saeforge.pages import judgement, labels
 from saeforge.pages.charts import Series, lines
 from saeforge.pages.frame import Axes
-from saeforge.pages.latents import cards, choose, colour_scale
+from saeforge.pages.latents import Group, cards, choose, colour_scale
 from saeforge.pages.markup import Markup, join, number, percent, tag
 from saeforge.pages.page import Section, facts, header, missing, mono, tiles
 from saeforge.pages.runs import Run
@@ -142,8 +142,8 @@ def _speed(run: Run) -> str | None:
     return f"{number(ordered[len(ordered) // 2], 3)} tokens/s (median)"
 
 
-def judged(run: Run) -> Section:
-    """Effect on the model, reconstruction, labels."""
+def judged(run: Run, groups: Sequence[Group] = ()) -> Section:
+    """Effect on the model, reconstruction, labels. `groups`: the latents that the page shows."""
     if run.evaluation is None:
         note = missing("This SAE has not been judged on held-out documents. To do so:", f"saeforge evaluate {run.path}")
         return Section("judgement", "How good it is", note, short="Judgement")
@@ -158,7 +158,7 @@ def judged(run: Run) -> Section:
     if judgement.l0_histogram(run) is None:
         body.append(missing("This evaluation has no histogram of L0. To make one:", f"saeforge evaluate {run.path}"))
     body.append(tag("div", judgement.reconstruction(run), judgement.against(run), class_="after"))
-    body += [labels.probing(run), labels.perturbation(run), labels.further(run, KNOWN)]
+    body += [labels.probing(run, shown_of(groups)), labels.perturbation(run), labels.further(run, KNOWN)]
     lede = "On documents that were held out from training. Every figure stands beside what it would be without the SAE."
     return Section("judgement", "How good it is", body, lede, short="Judgement")
 
@@ -217,9 +217,9 @@ def training_curves(run: Run) -> Section:
 _NOT_TERMS = {"train/loss", "train/l0", "train/fvu", "train/dead", "train/tokens", "train/tokens_per_second"}
 
 
-def concept_section(run: Run) -> Section:
-    """The concept table."""
-    found = labels.concepts(run)
+def concept_section(run: Run, groups: Sequence[Group] = ()) -> Section:
+    """The concept table. `groups`: the latents that the page shows."""
+    found = labels.concepts(run, shown_of(groups))
     if found is None:
         command = f"saeforge features concepts {run.path} --texts demo"
         found = missing("Which latent is which label of labelled texts, beside controls:", command)
@@ -227,28 +227,39 @@ def concept_section(run: Run) -> Section:
     return Section("concepts", "Concepts", found, "Chosen on one half of labelled documents, judged on the other half.")
 
 
-def latent_section(run: Run, most: int, contexts: int, *, anchor: str = "latents", prefix: str = "") -> Section | None:
-    """Some latents in their contexts; None if none are wanted."""
-    if most == 0:
-        return None
+def chosen(run: Run, most: int) -> list[Group]:
+    """The latents that the page shows; none before `saeforge features build`."""
+    if most == 0 or not run.has_features:
+        return []
+    with FeatureStore.open(run.path) as store:
+        return choose(store, most)
+
+
+def shown_of(groups: Sequence[Group]) -> set[int]:
+    """All latents of some groups."""
+    return {latent for group in groups for latent in group.latents}
+
+
+def latent_section(run: Run, groups: Sequence[Group], contexts: int) -> Section:
+    """Latents in their contexts."""
     if not run.has_features:
         note = missing(
             "What fires the latents has not been looked at. To do so:", f"saeforge features build {run.path}"
         )
-        return Section(anchor, "Latents", note)
+        return Section("latents", "Latents", note)
     with FeatureStore.open(run.path) as store:
         body: list[object] = []
-        for group in choose(store, most):
+        for group in groups:
             body.append(tag("h3", f"{group.title} ({len(group.latents)})"))
             body.append(tag("p", group.rule, class_="small"))
-            body.append(cards(store, group, contexts=contexts, prefix=prefix))
+            body.append(cards(store, group, contexts=contexts))
         read = number(int(store.meta["tokens"]))
     told = (
         " to a latent's maximum; the underlined token has the figure at its left. Small bars: activations by octave, "
         "square-root scale."
     )
     lede = join([f"The strongest contexts in {read} tokens. Activation: ", colour_scale(), told])
-    return Section(anchor, "Latents", body, lede)
+    return Section("latents", "Latents", body, lede)
 
 
 def settings(run: Run) -> Section | None:
