@@ -105,10 +105,17 @@ def write_log(
                 "train/l0": 32.0 + i,
                 "train/dead": 2.0,
             }
-            rows.append({"step": step, "train/tokens": step * 1024.0, "train/tokens_per_second": 9000.0})
+            rows.append({"step": step, "train/tokens": step * 1024.0, "speed/tokens_per_second": 9000.0})
             rows[-1] |= {f"{prefix}{name}": value for name, value in own.items()} | {f"{prefix}schedule/lr": 1e-3}
             if step % 50 == 0:
-                rows.append({"step": step, f"{prefix}val/fvu": fvu + 0.01, f"{prefix}val/l0_mean": 32.5 + i})
+                rows.append(
+                    {
+                        "step": step,
+                        f"{prefix}val/fvu": fvu + 0.01,
+                        f"{prefix}val/l0_mean": 32.5 + i,
+                        f"{prefix}model/delta_ce": fvu / 2,
+                    }
+                )
     names = sorted({name for row in rows for name in row})
     path = folder / "csv" / f"version_{version}" / "metrics.csv"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,6 +78,7 @@ def test_a_run_is_told_from_its_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "zeros (control) 10.00" in said
     assert "sum |r|^2 / sum |x - mu|^2" in said  # the conventions too
     assert "dead latents 3" in said
+    assert "speed 9,000 tokens/s (median)" in said
     assert "in less than 5% of documents" in said
     assert "Labelled (1)" in said
     assert "#7 golden_gate_bridge 0.930" in said

@@ -268,6 +268,7 @@ def curves(runs: Sequence[Run]) -> Section | None:
     for name, title, options in (
         ("train/fvu", "FVU, training", {"log": True}),
         ("val/fvu", "FVU, validation", {"log": True}),
+        ("model/delta_ce", "ΔCE, validation", {"log": True}),
         ("train/l0", "L0", {"log": True}),
         ("train/dead", "Dead latents", {"zero": True}),
     ):

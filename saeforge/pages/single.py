@@ -95,7 +95,7 @@ def overview(run: Run) -> Section:
         ("active", {"topk": f"k = {card.get('k')} of each token", "threshold": "above a threshold of each latent"}.get(
             str(card.get("rule")), "by the variant's own encoder" if card.get("rule") else None
         )),
-        ("weights", number(2 * d_sae * d_in + d_sae + d_out) if d_sae and d_in and d_out == d_in else None),
+        ("parameters", number(2 * d_sae * d_in + d_sae + d_out) if d_sae and d_in and d_out == d_in else None),
     ]  # fmt: skip
     if d_in != d_out:
         sae.append(("width", f"{number(d_in)} in, {number(d_out)} out"))
@@ -135,7 +135,9 @@ def overview(run: Run) -> Section:
 
 
 def _speed(run: Run) -> str | None:
-    curve = run.curves.of("train/tokens_per_second") if run.curves else None
+    names = ("speed/tokens_per_second", "train/tokens_per_second")  # the second in logs of earlier versions
+    curves = run.curves
+    curve = next((found for name in names if curves and (found := curves.of(name))), None)
     if curve is None:
         return None
     ordered = sorted(value for value in curve[1] if math.isfinite(value))
@@ -185,7 +187,7 @@ def training_curves(run: Run) -> Section:
         for number_of, (name, told) in enumerate(wanted.items()):
             found = curves.of(name)
             if found is not None:
-                series.append(Series(told, *found, colour=number_of, dashed=name.startswith("val/")))
+                series.append(Series(told, *found, colour=number_of, dashed=name.startswith(("val/", "model/"))))
         return lines(title, series, Axes(axis, unit, whole=unit == "latents"), **options) if series else None
 
     terms = sorted(
@@ -198,6 +200,7 @@ def training_curves(run: Run) -> Section:
     terms = [name for name in terms if any((curves.of(name) or ([], []))[1])]
     first: list[Callable[[], Markup | None]] = [
         lambda: chart("FVU", {"train/fvu": "training", "val/fvu": "validation"}, "FVU", log=True),
+        lambda: chart("ΔCE", {"model/delta_ce": "validation"}, "nats per token", log=True),
         lambda: chart("Loss", {"train/loss": "loss", **{t: t.removeprefix("train/") for t in terms}}, "loss", log=True),
         lambda: chart("L0", {"train/l0": "training", "val/l0_mean": "validation"}, "latents"),
         lambda: chart("Dead latents", {"train/dead": "training", "val/dead": "validation"}, "latents", zero=True),
