@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from saeforge.formats.publish import push as push
     from saeforge.harvest import harvest as harvest
     from saeforge.harvest.inputs import harvest_inputs as harvest_inputs
+    from saeforge.pages.run_report import report as report
     from saeforge.sae import SAE as SAE
     from saeforge.steering import Add as Add
     from saeforge.steering import Clamp as Clamp
@@ -54,6 +55,7 @@ _PUBLIC = {
     "load": "saeforge.formats",
     "make_controls": "saeforge.controls",
     "push": "saeforge.formats.publish",
+    "report": "saeforge.pages.run_report",
     "steer": "saeforge.steering",
     "train": "saeforge.training.train",
 }
@@ -78,6 +80,7 @@ __all__ = [
     "load",
     "make_controls",
     "push",
+    "report",
     "steer",
     "train",
 ]

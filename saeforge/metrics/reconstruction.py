@@ -18,6 +18,8 @@ from saeforge.ops import Group, Shard, SparseCode
 
 #: Edges of the density histogram, log10 of the share of tokens on which a latent fires.
 DENSITY_EDGES = tuple(quarter / 4 for quarter in range(-28, 1))
+#: Most bins of the histogram of L0, which are whole numbers wide.
+L0_BINS = 60
 
 # Rows of a piece on a CPU, 1 MiB a copy in float64: 2,048 rows of 768 take 11 ms, in one piece 87 ms, most of it page
 # faults. On a GPU a piece costs launches, so there it is all rows at once.
@@ -63,6 +65,8 @@ class Firing:
     dead_bound: float | None
     log10_edges: tuple[float, ...]
     latents: tuple[int, ...]
+    l0_edges: tuple[int, ...]
+    l0_tokens: tuple[int, ...]
 
 
 class ReconstructionMetrics:
@@ -253,7 +257,16 @@ class ReconstructionMetrics:
         latents = torch.bincount(found, minlength=bins)
         dead = self.d_sae - len(alive)
         bound = min(1.0, 3 / documents) if documents else None
-        return Firing(n, documents, dead, bound, DENSITY_EDGES, tuple(latents.tolist()))
+        return Firing(n, documents, dead, bound, DENSITY_EDGES, tuple(latents.tolist()), *self._l0_bins())
+
+    def _l0_bins(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Edges and tokens of a histogram of L0, from the least to the greatest that occurs."""
+        counts = self.l0_histogram.cpu()
+        occurring = counts.nonzero().flatten()
+        low, high = int(occurring[0]), int(occurring[-1])
+        width = -(-(high - low + 1) // L0_BINS)
+        tokens = [int(part.sum()) for part in counts[low : high + 1].split(width)]
+        return tuple(low + width * i for i in range(len(tokens) + 1)), tuple(tokens)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -84,6 +84,9 @@ def clear(run: Path) -> None:
             shutil.rmtree(folder / "sae")
         for path in (folder / "evaluation.json", folder / "concepts.json", folder / STORE_FILE, progress_file(folder)):
             path.unlink(missing_ok=True)
+        (folder / "report.html").unlink(missing_ok=True)
+    for path in run.glob("*/version_*/metrics.csv"):  # this run's own is not there yet
+        path.unlink()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -101,7 +101,9 @@ class SAETrainer(Trainer):
         if strategy == "latent_parallel":
             kwargs["strategy"] = LatentParallel(latents, timeout=patience)
         if kwargs.get("logger") in (None, True):
-            kwargs["logger"] = False if run is None else CSVLogger(run, name="csv")
+            kwargs["logger"] = False if run is None else CSVLogger(run, name="csv", flush_logs_every_n_steps=1)
+        elif kwargs["logger"] is not False and run is not None:
+            kwargs["logger"] = _with_csv(_as_list(kwargs["logger"]), run)
         callbacks = _as_list(kwargs.get("callbacks"))
         own: list[Callback] = [Resampling(), Telemetry(), ValidationTable()]  # RunFolder saves after all of them
         checkpoints = kwargs.get("enable_checkpointing") is not False
@@ -172,6 +174,12 @@ class SAETrainer(Trainer):
 def _leave_at_exit() -> None:
     """Ends the process group before the interpreter: gloo's threads otherwise abort a rank at exit, now and then."""
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+
+
+def _with_csv(loggers: list[Any], run: Path) -> list[Any]:
+    """The loggers and a CSV log in RUN, so that its curves are there for `saeforge report` whoever else has them."""
+    there = any(isinstance(logger, CSVLogger) for logger in loggers)
+    return loggers if there else [*loggers, CSVLogger(run, name="csv", flush_logs_every_n_steps=1)]
 
 
 def _as_list(value: Any) -> list[Any]:
