@@ -28,7 +28,7 @@ BLOCK_BYTES, BATCH_RING = 1 << 24, 3
 #: Blocks of a window and lanes of an order, as `saeforge fit` has them by default.
 WINDOW_BLOCKS, LANES = 4, 8
 #: ops.engine: bytes of a chunk of pre-activations on a GPU; on a CPU, with its least rows and what these may take.
-CUDA_CHUNK, CHUNK, CHUNK_ROWS, CHUNK_MOST = 1 << 30, 1 << 23, 256, 1 << 28
+CUDA_CHUNK, CHUNK, CHUNK_ROWS, CHUNK_MOST = 1 << 30, 1 << 24, 256, 1 << 28
 #: Bytes of a step for each number of a row beside the stored ones: the scaled and the shifted row, its bf16 form, the
 #: reconstruction, the error, its square and its gradient, in fp32.
 ROW_BYTES = 4 * 6 + 2

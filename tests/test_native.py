@@ -159,6 +159,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
                 native_products.scatter_outer(code, code.values, x),
                 *native.residual(x, x.flip(0), weight[0]),
                 *native.residual_grad(x, x[:, 0]),
+                native.row_sum(x[:, 1], x),
             ]
             results.append(parts)
     finally:
@@ -182,6 +183,13 @@ def test_a_residual_equals_autograd_in_float64(n_rows: int, d: int) -> None:
     assert len(found[0]) == len(found[1]) == 5
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (63, 16), (201, 37)])
+def test_a_sum_of_rows_equals_a_product_in_float64(n: int, d: int) -> None:
+    weight, table = torch.randn(n), torch.randn(n, d)
+    found, exact = native.row_sum(weight, table).double(), weight.double() @ table.double()
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tensor_that_a_kernel_would_misread_is_refused() -> None:

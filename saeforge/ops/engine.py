@@ -23,7 +23,7 @@ from saeforge.ops.select import Selected, Selection
 
 #: Bytes of a chunk of pre-activations: stays in a last-level cache, and bounds memory. At least so many rows, below
 #: which a product gets slower, unless they take more than so many bytes.
-_CHUNK_BYTES, _CHUNK_ROWS, _CHUNK_MOST_BYTES = 1 << 23, 256, 1 << 28
+_CHUNK_BYTES, _CHUNK_ROWS, _CHUNK_MOST_BYTES = 1 << 24, 256, 1 << 28
 #: A GPU is kept busy by larger ones.
 _CUDA_CHUNK_BYTES = 1 << 30
 
@@ -233,7 +233,8 @@ class _Encode(torch.autograd.Function):
                 grad_bias.index_add_(0, ctx.latents, grad_pre.sum(0))
         if need_shift and grad_bias is not None:
             # d/d shift = -sum_b dx_b = -(sum_b dvalue_b) @ weight: one mat-vec instead of a gather pass [speed 1.3].
-            grad_shift = -(grad_bias @ weight)
+            fp32 = grad_bias.dtype == weight.dtype == torch.float32 and native.takes(grad_bias, weight)
+            grad_shift = -(native.row_sum(grad_bias, weight) if fp32 else grad_bias @ weight)
         if need_x:
             grad_x = choose(code, weight.dtype, grad, weight).gather_sum(code, grad, weight)
             if ctx.latents is not None:

@@ -27,8 +27,8 @@ def fast_bf16() -> bool:
 def pre_activations(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(b, n) `x @ weight.T + bias` in the type of all three.
 
-    `F.linear` copies the bias into every row of the result first, and then adds the product to that. oneDNN adds it to a
-    result while that is in registers, which is a sixth of the time at d 384; the bits are the same.
+    `F.linear` copies the bias into every row of the result, and then adds the product to that. oneDNN by itself adds it
+    to a result that is still in registers, which saves a tenth of the time at d 384; the bits are the same.
     """
     if bias is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu" and fast_bf16() and _onednn():
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

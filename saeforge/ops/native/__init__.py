@@ -26,6 +26,7 @@ __all__ = [
     "row_adam",
     "row_dots",
     "row_norms",
+    "row_sum",
     "scatter_outer",
     "screened_above",
     "screened_count",
@@ -236,6 +237,13 @@ def residual_grad(error: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grad, sums = torch.empty_like(error), torch.empty(error.shape[1])
     _call("residual_grad", *error.shape, _float(error, "error"), _float(weight, "weight"), grad, sums)
     return grad, sums
+
+
+def row_sum(weight: Tensor, table: Tensor) -> Tensor:
+    """(d,): the sum of the rows of `table` (n, d), times a weight (n,) each."""
+    out = torch.empty(table.shape[1])
+    _call("row_sum", *table.shape, _float(weight, "weight"), _float(table, "table"), out)
+    return out
 
 
 # Optimizer -------------------------------------------------------------------------------------------------------

@@ -49,4 +49,24 @@ void saeforge_residual_grad(int64_t n, int64_t d, const float *error, const floa
         for (int64_t j = 0; j < d; ++j) sums[j] += parts[i * d + j];
 }
 
+// out[j] = sum_i weight[i] * table[i, j], in blocks as above.
+void saeforge_row_sum(int64_t n, int64_t d, const float *weight, const float *table, float *out, int threads) {
+    constexpr int64_t block = 64;
+    const int64_t blocks = (n + block - 1) / block;
+    std::vector<float> parts(blocks * d, 0);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t stop = std::min(n, (i + 1) * block);
+        for (int64_t b = i * block; b < stop; b += 4) {
+            const int m = int(std::min<int64_t>(4, stop - b));
+            const float *rows[4] = {table, table, table, table};
+            for (int j = 0; j < m; ++j) rows[j] = table + (b + j) * d;
+            add_rows(parts.data() + i * d, d, weight + b, rows, m);
+        }
+    }
+    std::memset(out, 0, sizeof(float) * d);
+    for (int64_t i = 0; i < blocks; ++i)
+        for (int64_t j = 0; j < d; ++j) out[j] += parts[i * d + j];
+}
+
 }  // extern "C"
