@@ -1,7 +1,8 @@
 """Tensor functions on sparse codes: select, decode, and the sparse backward, for every variant.
 
 Public contract of plugins: `SparseCode`, `encode`, `decode`, `pick`, `residual`, `row_norms`, `encode_beside`,
-`decode_beside`, `stop_gradient`, `pseudo_gradient`, `TopK`, `BatchTopK`, `Above`, `Selection`, `Group`, `Shard`, `latents_over`.
+`decode_beside`, `stop_gradient`, `pseudo_gradient`, `TopK`, `BatchTopK`, `Above`, `Selection`, `Group`, `Shard`,
+`latents_over`.
 """
 
 from saeforge.ops.code import SparseCode

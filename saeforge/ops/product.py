@@ -37,11 +37,12 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def chunks(x: Tensor, most: int) -> tuple[Tensor, ...]:
     """The rows of `x` in parts of nearly one size, at most so many each."""
     most -= most % _ROWS if most > _ROWS else 0
     equal = -(-len(x) // max(1, -(-len(x) // most)))
-    return x.split(min(most, -(-equal // _ROWS) * _ROWS) if len(x) else 1)
+    parts: tuple[Tensor, ...] = x.split(min(most, -(-equal // _ROWS) * _ROWS) if len(x) else 1)
+    return parts
