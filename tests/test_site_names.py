@@ -45,7 +45,9 @@ def test_a_hook_without_an_equal_place_says_what_is_nearest(hook: str, reason: s
 
 def test_a_parallel_model_has_no_middle(tmp_path: Path) -> None:
     folder = save_model("bert", tmp_path / "bert")
-    with pytest.raises(ConfigError, match="resid_mid has no known module here"):
+    with pytest.raises(
+        ConfigError, match="resid_mid has no known module here; give a module path, for example of: encoder"
+    ):
         load_model(str(folder), ["blocks.1.hook_resid_mid"])
 
 
@@ -68,7 +70,7 @@ def test_what_folding_changes_is_said(hook: str, options: dict[str, bool] | None
 
 
 def test_a_dataset_finds_its_site_by_either_name(tmp_path: Path) -> None:
-    splits = {"train": torch.randn(256, 4), "validation": torch.randn(64, 4)}
+    splits = {"train": torch.randn(2048, 4), "validation": torch.randn(2048, 4)}
     written = write_dataset(tmp_path, splits, site="layers.1:out")
     for alias in ("resid_post.1", "blocks.1.hook_resid_post"):
         manifest = replace(written, sites=(replace(written.sites[0], alias=alias),))
