@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def transformer_lens(model: Any, sae: SAE, rows: list[tuple[str, Tensor, Tensor]]) -> None:
-    """HookedTransformer, by its own hooks and by `attached`; without processing, and with it where it does not matter."""
+    """HookedTransformer without processing, by its own hooks and by `attached`."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 

@@ -22,6 +22,7 @@ from torch import Tensor
 import saeforge
 from saeforge import formats
 from saeforge.errors import CheckpointError, SaeforgeError
+from saeforge.formats import files
 from saeforge.registry import FORMATS
 from tests.test_formats import GOLDEN, copied, random_sae
 from tests.test_formats_damage import MAKERS, place_of, tensors_of
@@ -35,7 +36,7 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def refused(read: Callable[[], Any], match: str = "") -> None:
+def refused(read: Callable[[], Any], match: str | None = None) -> None:
     """One line, and no memory beyond measure."""
     before = memory()
     with pytest.raises(SaeforgeError, match=match) as error:
@@ -130,13 +131,13 @@ def test_an_array_that_lies_about_its_size_is_refused(shape: str, tmp_path: Path
 
 def _bomb(path: Path, member: str) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(member, "w") as file:
-        for _ in range(40):
-            file.write(bytes(10 << 20))
+        file.write(bytes(10 << 20))
 
 
-def test_an_archive_that_grows_a_thousandfold_is_not_unpacked(tmp_path: Path) -> None:
+def test_an_archive_that_grows_a_thousandfold_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SMALL", 1 << 20)
     _bomb(tmp_path / "params.npz", "W_enc.npy")
-    refused(lambda: formats.read(tmp_path), "unpacks to 419,430,400")
+    refused(lambda: formats.read(tmp_path), "unpacks to 10,485,760")
     (tmp_path / "autoencoder.pt").write_bytes((tmp_path / "params.npz").read_bytes())
     refused(lambda: formats.read(tmp_path / "autoencoder.pt"), "unpacks to")
 
@@ -181,18 +182,18 @@ def test_no_value_of_a_configuration_crashes_the_reader(name: str, tmp_path: Pat
     file, keys = NUMBERS[name]
     config = json.loads((folder / file).read_text())
     whole = formats.read(folder)
-    seen = set()
+    said = []
     for key in keys:
         for value in ODD:
             (folder / file).write_text(json.dumps(config | {key: value}))
             try:
                 found = formats.read(folder)
             except SaeforgeError as error:
-                assert "\n" not in str(error)
-                seen.add(key)
+                said.append(str(error))
             else:
                 assert (found.d_in, found.d_sae, found.rule) == (whole.d_in, whole.d_sae, whole.rule)
-    assert seen
+    assert said
+    assert [text for text in said if "\n" in text] == []
 
 
 @pytest.mark.parametrize("value", [10**400, float("inf"), float("nan")])

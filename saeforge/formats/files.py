@@ -144,8 +144,8 @@ def take(
             raise CheckpointError(f"{path}: {name} is {kind}, expected a tensor of floats")
         if not _is_whole(found[name]):
             raise CheckpointError(
-                f"{path}: {name} is no plain tensor (sparse, without data, or a few values said to be many); save it as "
-                "a contiguous one"
+                f"{path}: {name} is no plain tensor (sparse, without data, or a few values said to be many); save it "
+                "as a contiguous one"
             )
     return {name: found[name] for name in names}
 
@@ -182,12 +182,12 @@ def number(path: Path, config: Mapping[str, Any], key: str, kind: type[int] | ty
     if isinstance(value, bool) or not isinstance(value, (int,) if kind is int else (int, float)):
         raise CheckpointError(f"{path}: {key} is {value!r}, expected {'a whole number' if kind is int else 'a number'}")
     try:
-        known = kind(value)
-    except OverflowError:
-        known = math.inf
-    if not math.isfinite(known):
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        finite = False
+    if not finite:
         raise CheckpointError(f"{path}: {key} is {str(value)[:20]}, expected a finite number")
-    return known
+    return kind(value)
 
 
 def _is_whole(tensor: Tensor) -> bool:
