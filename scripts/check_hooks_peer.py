@@ -31,7 +31,14 @@ def main() -> int:
     """1 if something differs."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=64, n_positions=64, n_embd=D, n_layer=LAYERS, n_head=4, initializer_range=0.2, bos_token_id=0
+        vocab_size=64,
+        n_positions=64,
+        n_embd=D,
+        n_layer=LAYERS,
+        n_head=4,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = GPT2LMHeadModel(config).eval()
     W = torch.randn(D_SAE, D)
