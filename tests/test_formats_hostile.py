@@ -241,6 +241,14 @@ def test_our_own_files_are_not_nested_without_end_nor_of_integers(tmp_path: Path
     refused(lambda: saeforge.load(tmp_path), r"damaged \(W_enc is torch\.int32")
 
 
+def test_a_yaml_that_grows_when_it_is_printed_is_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    (tmp_path / "config.yaml").write_text("\n".join([*lines, "model_kind: *a9"]))
+    save_file({"W_enc": torch.zeros(3, 3)}, tmp_path / "layer_0.safetensors")
+    refused(lambda: formats.read(tmp_path / "layer_0.safetensors"), "aliases")
+
+
 # ---- places
 
 
@@ -254,6 +262,7 @@ def test_something_else_under_the_name_of_the_weights_is_refused(what: str, tmp_
         for name in (
             *("sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz", "params.safetensors"),
             *("layer1.sae.pt", "autoencoder.pt", "checkpoints/final.safetensors"),
+            *(("layer_3.safetensors",) if format == "circuit-tracer" else ()),
         ):
             (place / name).parent.mkdir(exist_ok=True)
             if what == "folder":

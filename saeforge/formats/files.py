@@ -50,7 +50,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     _of_a_configuration(path)
     try:
-        found = yaml.safe_load(path.read_bytes())
+        text = path.read_bytes()
+        # Ten lines of them stand for a billion values as soon as one is printed.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it has aliases")
+        found = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} is no plain YAML ({_line(error)}); fetch it again") from error
     if not isinstance(found, dict):
