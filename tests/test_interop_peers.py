@@ -26,7 +26,7 @@ THEIRS = {tool: sorted(path.name for path in (ROOT / "tests" / "golden" / tool).
     "saelens", "sparsify", "dictionary_learning"
 )}  # fmt: skip
 EXPORTED = {
-    "saelens": ["topk", "l1_relu", "gated", "transcoder", "skip_transcoder"],
+    "saelens": ["topk", "l1_relu", "gated", "transcoder", "skip_threshold"],
     "sparsify": ["topk", "skip_transcoder"],
     "dictionary_learning": ["topk", "l1_relu", "gated"],
 }

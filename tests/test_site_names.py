@@ -24,7 +24,7 @@ def test_a_hook_and_its_alias_are_one_place() -> None:
         assert parse_alias(str(hook_of_alias(f"{kind}.12"))) == (kind, 12)
         assert no_equal_place(name) is None
     for name in ("layers.3", "h.1.mlp:out", "resid_post.x", "blocks.1", "my.hooks.3"):
-        assert parse_alias(name) is hook_of_alias(name) is no_equal_place(name) is None
+        assert (parse_alias(name), hook_of_alias(name), no_equal_place(name)) == (None, None, None)
 
 
 @pytest.mark.parametrize(
