@@ -355,6 +355,6 @@ def assumptions(device: Device) -> list[str]:
         "RowAdam in fp32, one SAE; not counted: the process, the CUDA context and the allocator's slack (about 1 GB)",
         f"windows of {WINDOW_BLOCKS} blocks, {LANES} lanes or one a data rank; validation folds a copy of the SAE",
         "exchange is by rings, without latency; DDP sends fp32 gradients and does not hide them behind the backward",
-        "latent sharding (trainer.strategy latent_parallel): each rank has d_sae / n latents, gathers k fp32 candidates "
-        "a row and sums one reconstruction; rows are read once a group of ranks and handed on",
+        "latent sharding (trainer.strategy latent_parallel): each rank has d_sae / n latents, gathers k fp32 "
+        "candidates a row and sums one reconstruction; rows are read once a group of ranks and handed on",
     ]
