@@ -175,8 +175,10 @@ def test_a_label_with_few_documents_stands_among_the_others_only() -> None:
     for first, part in ((0, pooled), (len(pooled.label), more)):
         x = torch.from_numpy(part.x)
         both.add(np.arange(len(x)) + first, x, x, SparseCode.from_dense(torch.from_numpy(part.columns([0]))))
-    joined = [np.concatenate([getattr(part, name) for part in (pooled, more)]) for name in ("label", "train")]
-    found = probe_latents(both.pooled(LABELS, *joined, {}), resamples=20)
+    label_of, train_of = (
+        np.concatenate([getattr(part, name) for part in (pooled, more)]) for name in ("label", "train")
+    )
+    found = probe_latents(both.pooled(LABELS, label_of, train_of, {}), resamples=20)
     assert list(found.by_label) == ["a", "b"]
     assert found.settings["left_out"] == {"c": {"train": 1, "test": 0}}
 

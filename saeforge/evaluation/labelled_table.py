@@ -29,7 +29,7 @@ def tpp_rows(result: Evaluation) -> list[tuple[str, ...]]:
     """Means over labels, as `TPP_COLUMNS`; none without them."""
     if result.labelled.tpp is None:
         return []
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for n, at in result.labelled.tpp.mean.items():
         name = str(n) if at.ablated == n else f"{n} ({at.ablated:.1f})"  # in brackets: how many had an effect
         rows.append((name, str(at.score), f"{at.intended.value:+.3f}", f"{at.unintended.value:+.3f}"))

@@ -238,7 +238,7 @@ class ProbeJudge:
 
 def _greatest(difference: np.ndarray, k: int) -> list[int]:
     """The k places with the greatest absolute value, ties to the lowest."""
-    return np.argsort(-np.abs(difference), kind="stable")[:k].tolist()
+    return [int(place) for place in np.argsort(-np.abs(difference), kind="stable")[:k]]
 
 
 def _assemble(scores: dict[tuple[str, int], ProbeScore]) -> ProbeScores:
