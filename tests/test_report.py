@@ -135,7 +135,7 @@ def test_an_effect_that_was_not_measured_says_why(tmp_path: Path) -> None:
     write_json(run / "evaluation.json", run_folders.evaluation(l0=32, fvu=0.1, delta=None))
     said = words(page_of(run))
     assert "The effect on the model was not measured: no model here." in said
-    assert "ΔCE" not in said
+    assert "their reconstruction" not in said
 
 
 def test_probing_perturbation_and_unknown_parts_of_an_evaluation_are_shown(tmp_path: Path) -> None:
@@ -299,6 +299,10 @@ def test_what_is_no_run_or_damaged_is_an_error_that_names_the_file(tmp_path: Pat
         with pytest.raises(kind, match=f"{file} is damaged"):
             saeforge.report(run)
         (run / file).write_text(before)
+    write_json(run / "evaluation.json", {"sae": {}})
+    with pytest.raises(DatasetError, match=r"no metrics in it"):
+        saeforge.report(run)
+    (run / "evaluation.json").unlink()
     (run / "config.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
         saeforge.report(run)
