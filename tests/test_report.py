@@ -170,9 +170,9 @@ def test_a_sweep_is_a_frontier_a_table_and_what_differs(tmp_path: Path) -> None:
     assert by_name["topk-16"]["y"] == pytest.approx(0.9 / 4)
     assert by_name["gated-32"]["series"] == "gated"
     said = words(html)
-    assert "8 autoencoders: topk, gated, l1_relu, at layers.3:out of demo ." in said
+    assert "8 autoencoders: topk, gated, l1_relu, at layers.3:out of demo , trained on 409,600 tokens each." in said
     assert f"Not judged yet (1): saeforge evaluate {run}/l1_relu-64" in said
-    assert "run variant k model.target_l0" in said
+    assert "run variant k model.target_l0 topk-16 topk 16" in said
     assert "gated-32 gated" in said
     assert f"topk-32: to see its latents in their contexts: saeforge features build {run}/topk-32" in said
 
