@@ -84,7 +84,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         path = given.out / f"{name}.png"
-        picture.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+        picture.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )
         print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 

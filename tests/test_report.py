@@ -135,7 +135,7 @@ def test_an_effect_that_was_not_measured_says_why(tmp_path: Path) -> None:
     write_json(run / "evaluation.json", run_folders.evaluation(l0=32, fvu=0.1, delta=None))
     said = words(page_of(run))
     assert "The effect on the model was not measured: no model here." in said
-    assert "ΔCE" not in said
+    assert "their reconstruction" not in said
 
 
 def test_probing_perturbation_and_unknown_parts_of_an_evaluation_are_shown(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_a_sweep_is_a_frontier_a_table_and_what_differs(tmp_path: Path) -> None:
     assert by_name["topk-16"]["y"] == pytest.approx(0.9 / 4)
     assert by_name["gated-32"]["series"] == "gated"
     said = words(html)
-    assert "8 autoencoders: topk, gated, l1_relu, at layers.3:out of demo ." in said
+    assert "8 autoencoders: topk, gated, l1_relu, at layers.3:out of demo , trained on 409,600 tokens each." in said
     assert f"Not judged yet (1): saeforge evaluate {run}/l1_relu-64" in said
-    assert "run variant k model.target_l0" in said
+    assert "run variant k model.target_l0 topk-16 topk 16" in said
     assert "gated-32 gated" in said
     assert f"topk-32: to see its latents in their contexts: saeforge features build {run}/topk-32" in said
 
@@ -299,6 +299,10 @@ def test_what_is_no_run_or_damaged_is_an_error_that_names_the_file(tmp_path: Pat
         with pytest.raises(kind, match=f"{file} is damaged"):
             saeforge.report(run)
         (run / file).write_text(before)
+    write_json(run / "evaluation.json", {"sae": {}})
+    with pytest.raises(DatasetError, match=r"no metrics in it"):
+        saeforge.report(run)
+    (run / "evaluation.json").unlink()
     (run / "config.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
         saeforge.report(run)

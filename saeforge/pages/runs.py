@@ -158,8 +158,8 @@ def _read(path: Path, home: Path, curves: Curves | None) -> Run:
         path=path,
         card=card,
         config=config,
-        evaluation=_json(evaluation) if evaluation.is_file() else None,
-        concepts=_json(concepts) if concepts.is_file() else None,
+        evaluation=_json(evaluation, metrics=dict, sae=dict) if evaluation.is_file() else None,
+        concepts=_json(concepts, concepts=list) if concepts.is_file() else None,
         curves=curves,
         member="" if home == path else path.name,
     )
@@ -175,8 +175,8 @@ def _named(runs: list[Run]) -> list[Run]:
         length += 1
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A file that saeforge wrote.
+def _json(path: Path, **parts: type) -> dict[str, Any]:
+    """A file that saeforge wrote, with these parts of these types.
 
     Raises:
         CheckpointError: the SAE's card is damaged.
@@ -187,8 +187,11 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise kind(f"{path} is damaged ({error}); make it again, or remove it") from error
-    if not isinstance(content, dict):
-        raise kind(f"{path} is damaged (not a mapping); make it again, or remove it")
+    lost = [
+        name for name, of in parts.items() if not isinstance(content, dict) or not isinstance(content.get(name), of)
+    ]
+    if lost or not isinstance(content, dict):
+        raise kind(f"{path} is damaged (no {', '.join(lost) or 'mapping'} in it); make it again, or remove it")
     return content
 
 

@@ -95,6 +95,9 @@ def head(runs: Sequence[Run], title: str) -> Markup:
     if models:
         parts.append(" of ")
         parts += _listed(models)
+    tokens = {(run.card.get("training") or {}).get("tokens") for run in runs}
+    if len(tokens) == 1 and None not in tokens:
+        parts.append(f", trained on {number(tokens.pop())} tokens each")
     return header("saeforge · comparison", title, join([*parts, "."]))
 
 
@@ -209,13 +212,15 @@ def _terms(entries: Sequence[tuple[str, str]]) -> Markup:
 
 
 def differences(runs: Sequence[Run]) -> Section:
-    """Settings in which the runs differ, one row a run; and the ones that all share."""
+    """Settings in which the runs differ, one row a run; folded away those of some variants only, and those of all.
+
+    What only one variant has an option for makes no difference by being absent elsewhere.
+    """
     flat = [settings_of(run) for run in runs]
     names = list(dict.fromkeys(name for each in flat for name in each))
-    differing = [name for name in names if len({repr(each.get(name)) for each in flat}) > 1]
-    shared = [
-        (name, _shown(flat[0][name])) for name in names if name not in differing and flat[0].get(name) is not None
-    ]
+    having = {name: [each[name] for each in flat if name in each] for name in names}
+    differing = [name for name in names if len({repr(value) for value in having[name]}) > 1]
+    alike = [(name, having[name][0]) for name in names if name not in differing and having[name][0] is not None]
     body: list[object] = []
     if differing:
         rows = [
@@ -224,8 +229,13 @@ def differences(runs: Sequence[Run]) -> Section:
         body.append(tag("div", judgement.table(None, ("run", *differing), rows), class_="narrow"))
     else:
         body.append(tag("p", "In nothing that is recorded.", class_="missing"))
-    if shared:
-        body.append(tag("details", tag("summary", f"What all have in common ({len(shared)} settings)"), _terms(shared)))
+    for told, kept in (
+        ("What all have in common", [each for each in alike if len(having[each[0]]) == len(runs)]),
+        ("Options of some variants, equal where they are", [e for e in alike if len(having[e[0]]) < len(runs)]),
+    ):
+        if kept:
+            entries = [(name, _shown(value)) for name, value in kept]
+            body.append(tag("details", tag("summary", f"{told} ({len(kept)})"), _terms(entries)))
     return Section("settings", "In what they differ", body, short="Settings")
 
 
@@ -265,12 +275,12 @@ def curves(runs: Sequence[Run]) -> Section | None:
     if not logged:
         return None
     drawn = []
-    for name, title, options in (
-        ("train/fvu", "FVU, training", {"log": True}),
-        ("val/fvu", "FVU, validation", {"log": True}),
-        ("model/delta_ce", "ΔCE, validation", {"log": True}),
-        ("train/l0", "L0", {"log": True}),
-        ("train/dead", "Dead latents", {"zero": True}),
+    for name, title, unit, options in (
+        ("train/fvu", "FVU, training", "FVU", {"log": True}),
+        ("val/fvu", "FVU, validation", "FVU", {"log": True}),
+        ("model/delta_ce", "ΔCE, validation", "nats per token", {"log": True}),
+        ("train/l0", "L0", "latents", {"log": True}),
+        ("train/dead", "Dead latents", "latents", {"zero": True}),
     ):
         series = []
         for run in logged:
@@ -280,7 +290,9 @@ def curves(runs: Sequence[Run]) -> Section | None:
                 series.append(Series(run.name, *found, colour=style[run.name][0], dashed=style[run.name][1]))
         if series:
             axis = next(run.curves.x_label for run in logged if run.curves is not None)
-            drawn.append((lines(title, series, Axes(axis, title.split(",")[0]), keyed=False, **options), series))
+            drawn.append(
+                (lines(title, series, Axes(axis, unit, whole=unit == "latents"), keyed=False, **options), series)
+            )
     keys = [Key(run.name, *style[run.name]) for run in logged]
     body = [legend(keys) if len(keys) > 1 else None, tag("div", [chart for chart, _ in drawn], class_="charts")]
     return Section("curves", "Training", body, "A name in the legend hides its curves in all charts.")

@@ -211,6 +211,8 @@ def training_curves(run: Run) -> Section:
     for name in schedules:
         own = chart(name.removeprefix("schedule/"), {name: name}, "value", note="coefficient of the variant", zero=True)
         drawn += [own] if own is not None else []
+    if not drawn:
+        return Section("curves", "Training", tag("p", "The log has no figures of this SAE yet.", class_="missing"))
     body = tag("div", drawn, class_="charts")
     return Section(
         "curves", "Training", body, "Figures of the training stream, and of held-out rows where they are dashed."
