@@ -385,6 +385,8 @@ def test_figures_are_written_for_people() -> None:
 
 def test_the_folders_of_these_tests_have_the_names_of_real_ones() -> None:
     from saeforge.evaluation.effect import EffectMetrics
+    from saeforge.evaluation.perturbation import Perturbation, Perturbed
+    from saeforge.evaluation.probing import LabelProbes, ProbeScores, Probing
     from saeforge.metrics import Firing, Reconstruction
 
     mine = run_folders.evaluation(l0=32, fvu=0.1, delta=0.1)
@@ -394,6 +396,15 @@ def test_the_folders_of_these_tests_have_the_names_of_real_ones() -> None:
         (EffectMetrics, mine["effect"]["overall"]),
     ):
         assert set(found) - {"conventions"} == {field.name for field in dataclasses.fields(kind)}
+    probing: list[tuple[type, set[str]]] = [
+        (Probing, {"mean", "by_label"}),
+        (ProbeScores, {"latents", "residual_top", "residual", "difference_of_means"}),
+        (LabelProbes, {"chosen_latents", "scores"}),
+        (Perturbation, {"mean"}),
+        (Perturbed, {"score", "intended", "unintended", "ablated"}),
+    ]
+    for part, read in probing:
+        assert read <= {field.name for field in dataclasses.fields(part)}
 
 
 def test_a_run_that_was_trained_and_judged_just_now_has_its_figures_on_the_page(tmp_path: Path) -> None:
