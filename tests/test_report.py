@@ -147,12 +147,17 @@ def test_probing_perturbation_and_unknown_parts_of_an_evaluation_are_shown(tmp_p
     content["probing"] = {"mean": scores, "by_label": {"french": label}, "conventions": {"accuracy": "balanced"}}
     drop = {"value": 0.2, "low": 0.1, "high": 0.3}
     content["tpp"] = {"mean": {"2": {"score": drop, "intended": drop, "unintended": drop, "ablated": 2.0}}}
+    control = run_folders.evaluation(l0=30, fvu=0.7, delta=4.0) | {"probing": content["probing"]}
+    content["controls"] = {"random_sae": {"definition": "random decoder rows", **control}}
     content["novelty"] = {"depth": {"mean": 0.123}, "conventions": {"depth mean": "as measured"}}
     write_json(run / "evaluation.json", content)
     said = words(page_of(run))
     assert "1 latent 0.900 [0.800, 0.950] 0.970 [0.900, 0.990]" in said
     assert "all dimensions (control) 0.900" in said
     assert "2 +0.200 [+0.100, +0.300]" in said
+    assert "this SAE 32.2 0.120 +0.150 [+0.140, +0.160]" in said
+    assert "random sae 30.2 0.700 +4.00 [+3.99, +4.01] 4.00 0.800 0.900" in said
+    assert "random_sae random decoder rows" in said
     assert "novelty figure value depth mean 0.1230 as measured" in said
 
 

@@ -19,7 +19,7 @@ from saeforge.pages.page import Section, facts, header, missing, mono, tiles
 from saeforge.pages.runs import Run
 
 #: Keys of evaluation.json that have tables of their own, or say what was judged.
-KNOWN = {"metrics", "conventions", "firing", "weights", "against", "effect", "probing", "tpp", "sae"}
+KNOWN = {"metrics", "conventions", "firing", "weights", "against", "effect", "probing", "tpp", "controls", "sae"}
 
 
 def head(run: Run, kicker: str) -> Markup:
@@ -156,6 +156,7 @@ def judged(run: Run, groups: Sequence[Group] = ()) -> Section:
         body.append(tag("p", f"The effect on the model was not measured: {reason}.", class_="missing"))
     if not run.evaluation.get("trained_on_this_dataset", True):
         body.append(tag("p", "This is not the dataset that the SAE was trained on.", class_="missing"))
+    body.append(judgement.controls(run))
     charts = [chart for chart in (judgement.effect_by_label(run), *sparsity(run)) if chart is not None]
     body.append(tag("div", charts, class_="charts") if charts else None)
     if judgement.l0_histogram(run) is None:
