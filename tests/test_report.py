@@ -427,6 +427,16 @@ def test_a_run_that_was_trained_and_judged_just_now_has_its_figures_on_the_page(
     assert "The effect on the model was not measured" in said
 
 
+def test_a_run_that_is_overwritten_leaves_no_curve_and_no_page(tmp_path: Path) -> None:
+    from saeforge.training.run_folder import clear
+
+    run = write_run(tmp_path / "run", features=False)
+    saeforge.report(run)
+    clear(run)
+    assert read_curves(run) == {}
+    assert not (run / "report.html").exists()
+
+
 def test_latents_are_chosen_by_label_then_peak_then_chance(tmp_path: Path) -> None:
     write_features(tmp_path)
     with FeatureStore.open(tmp_path) as store:
