@@ -35,7 +35,7 @@ def fetch(location: str, formats: Sequence[Format]) -> Path:
     except ImportError as error:
         raise CheckpointError(f"{location}: needs the package huggingface_hub; pip install 'saeforge[hub]'") from error
     patterns = [pattern for format in formats for pattern in format.files]
-    failures: tuple[type[Exception], ...] = (*no_answer(), HFValidationError, ValueError)
+    failures: tuple[type[BaseException], ...] = (*no_answer(), HFValidationError, ValueError)
     try:
         files = HfApi().list_repo_files(name, revision=revision)
         wanted = _wanted(files, inside or "", patterns)

@@ -230,7 +230,7 @@ def hub_errors(repo: str) -> Iterator[Any]:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     except ImportError as error:
         raise ConfigError(f"{repo}: needs the package huggingface_hub; pip install 'saeforge[hub]'") from error
-    failures: tuple[type[Exception], ...] = (*no_answer(), RuntimeError, ValueError)
+    failures: tuple[type[BaseException], ...] = (*no_answer(), RuntimeError, ValueError)
     try:
         yield hub
     except failures as error:
