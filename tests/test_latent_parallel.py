@@ -50,6 +50,12 @@ FITS: dict[str, dict[str, Any]] = {
     "jumprelu": {"variant": "jumprelu", "options": {"bandwidth": 0.1}},
     "panneal": {"variant": "panneal"},
     "crosscoder": {"variant": "crosscoder", "options": {"k": 4}},
+    "skip transcoder": {
+        "variant": "topk",
+        "options": {"k": 4, "pre_bias": False},
+        "settings": {"skip": True, "ema_half_life_steps": 5.0},
+        "transcoder": True,
+    },
     "accumulate": {"variant": "topk", "options": {"k": 4}, "accumulate": 2},
 }
 FAST = ("topk", "everything", "sweep")
@@ -131,7 +137,7 @@ def found(dataset: Path, runs: Path) -> dict[str, dict[str, Figures]]:
         "latent 2, again": {**LAYOUTS["latent 2"], "fits": {"still": {**still, "resume": True}}},
         "one, again": {"ranks": 1, "fits": {"moving": {**moving, "resume": True}}},
     }
-    return fit_on_meshes(dataset, runs, stages, 500)
+    return fit_on_meshes(dataset, runs, stages, 170)
 
 
 @pytest.mark.parametrize("name", FAST)
