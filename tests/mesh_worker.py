@@ -41,7 +41,7 @@ class Steps(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """After Telemetry, which reads out at every step here."""
         assert isinstance(pl_module, SAEModule)
-        figures = {}
+        figures: dict[str, float] = {}
         for member in pl_module.members:
             prefix = f"{member.name}/" if member.name else ""
             figures |= {prefix + name: value for name, value in member.latest.items()}
