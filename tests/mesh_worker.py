@@ -4,7 +4,8 @@ python -m tests.mesh_worker DATASET OUT.json STAGES
 
 STAGES is JSON, {name: stage}, run one after the other; a stage is {"ranks": n, "strategy": ..., "latents": ..., "fits":
 {name: fit}}. A fit has "variant" and maybe "options" of it, "settings" of the module, "steps", "stop_after", "run" (a
-folder), "resume", "bf16", "accumulate". OUT.json holds the figures of every step, by stage and fit.
+folder), "resume", "bf16", "accumulate", "transcoder" (other data). OUT.json holds the figures of every step, by stage
+and fit.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from saeforge.data.source import ShardSource
+from saeforge.data.source import ShardSource, TensorSource
 from saeforge.registry import VARIANTS
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.trainer import SAETrainer
+from tests.toy import D_IN, toy_rows
 
 BATCH, D_SAE, STEPS = 256, 256, 12
 
@@ -39,7 +41,7 @@ class Steps(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """After Telemetry, which reads out at every step here."""
         assert isinstance(pl_module, SAEModule)
-        figures = {}
+        figures: dict[str, float] = {}
         for member in pl_module.members:
             prefix = f"{member.name}/" if member.name else ""
             figures |= {prefix + name: value for name, value in member.latest.items()}
@@ -48,11 +50,19 @@ class Steps(Callback):
             trainer.should_stop = True
 
 
+def transcoder_rows() -> TensorSource:
+    """Rows, and a target of another width that a linear path explains a part of."""
+    x = toy_rows(8192)
+    mixed = torch.randn(D_IN, 24, generator=torch.Generator().manual_seed(5))
+    return TensorSource(x, (x @ mixed).relu() + 0.3 * x[:, :24])
+
+
 def fit(dataset: str, stage: dict[str, Any], given: dict[str, Any]) -> list[dict[str, float]]:
     """One run of one rank."""
     variant, options = VARIANTS.load(given["variant"]), {"d_sae": D_SAE, **given.get("options", {})}
     settings = {"lr": 1e-3, "dead_after_tokens": 2 * BATCH, **given.get("settings", {})}
-    data = ActivationData.of(ShardSource(dataset), batch_size=BATCH)
+    source = transcoder_rows() if given.get("transcoder") else ShardSource(dataset)
+    data = ActivationData.of(source, batch_size=BATCH)
     module = SAEModule(lambda d_in, d_out: variant(d_in, d_out, **options), data.d_in, data.d_out, **settings)
     trainer = SAETrainer(
         accelerator="cpu",

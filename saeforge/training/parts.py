@@ -197,7 +197,8 @@ def _checked(read: Callable[[], Result], folder: Path) -> Result:
         return read()
     except CheckpointError:
         raise
-    except Exception as error:  # torch, zip and pickle raise their own, undocumented set of types
+    # torch, zip and pickle raise their own, undocumented set of types, and torch's is no Exception.
+    except (Exception, dcp.api.CheckpointException) as error:
         raise CheckpointError(
             f"the checkpoint's part {folder} cannot be read ({_reason(error)}); give another checkpoint"
         ) from error
