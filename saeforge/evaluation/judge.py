@@ -18,10 +18,10 @@ from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 from saeforge.evaluation.comparison import agreement, check_comparable
 from saeforge.evaluation.effect import Effect, measure_effect
 from saeforge.evaluation.held_out import HeldOutTexts
-from saeforge.evaluation.passes import SplicedModel, sees_the_future
+from saeforge.evaluation.opening import load_judge, open_texts, splice
+from saeforge.evaluation.passes import SplicedModel
 from saeforge.evaluation.reconstruction import CONVENTIONS, measure_reconstruction
 from saeforge.lm.device import resolve_device
-from saeforge.lm.load import MODEL_DTYPES
 from saeforge.lm.origin import Origin, origin_of
 from saeforge.metrics import Agreement, Firing, Reconstruction, WeightFigures, weight_figures
 from saeforge.metrics.conventions import AGREEMENT, FIRING, WEIGHTS
@@ -226,25 +226,9 @@ def _open_effect(
         ConfigError: no such model, no causal one, no texts, or texts in another model's tokens.
         DatasetError: damaged texts.
     """
-    manifest = source.manifest
-    texts = HeldOutTexts(root, manifest, split, budget=budget)
     card = sae.meta["model"]
-    # The files tell where both name them: a name may be a path that moved, or one that other weights have now.
-    known = [key for key in ("files_sha256", "name") if card.get(key) and manifest.model.get(key)]
-    if not known or manifest.model[known[0]] != card[known[0]]:
-        same_name = manifest.model.get("name") == card["name"]
-        raise ConfigError(
-            f"{root} was harvested from model {manifest.model.get('name')!r}, this SAE is of "
-            f"{'other weights of that name' if same_name else repr(card['name'])}; give a dataset of its own model "
-            "with --data"
-        )
-    # The dtype that the activations were made in; a checkpoint's own half precision is found by "auto".
-    dtype = card.get("dtype") if card.get("dtype") in MODEL_DTYPES else "auto"
-    loaded = origin.load_causal(device=device, dtype=dtype)
-    spliced = SplicedModel(loaded.model, origin.site, origin.target)
-    if sees_the_future(spliced, next(texts.batches(1))):
-        raise ConfigError(f"model {origin.model!r} is no causal language model: its predictions see the next token")
-    return spliced, texts
+    texts = open_texts(card, root, source.manifest, split, budget=budget)
+    return splice(load_judge(card, origin, device=device), origin, texts), texts
 
 
 def _plain(result: Any) -> dict[str, Any]:

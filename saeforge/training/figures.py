@@ -20,7 +20,8 @@ SCALARS = {
     "train/loss": "mean over the steps since the last reading of the loss, which is the sum of the terms",
     "train/<term>": "the same of each of the variant's terms, coefficient applied (`mse`, `aux`, `l1` ...)",
     "train/l0": "mean active latents of a token since the last reading",
-    "train/fvu": "squared error / total variance of the training rows, since the last reading; of whitened rows under `whitening`",
+    "train/fvu": "squared error / total variance of the training rows since the last reading; of whitened ones under "
+    "`whitening`",
     "train/dead": "latents silent for `dead_after_tokens`",
     "schedule/lr": "learning rate of the last step",
     "schedule/<name>": "the variant's scheduled values (`l1` ...), as `target_l0` scales them",
