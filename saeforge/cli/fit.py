@@ -9,12 +9,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from saeforge import __version__
@@ -34,6 +36,14 @@ from saeforge.training.validation import Validation
 from saeforge.training.wandb_runs import WandbRuns
 
 DEFAULT_RUN = "runs/default"
+#: What each of Lightning's loggers needs, any one of several.
+_LOGGER_PACKAGES = {
+    "WandbLogger": ("wandb",),
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "MLFlowLogger": ("mlflow", "mlflow_skinny"),
+    "CometLogger": ("comet_ml",),
+    "NeptuneLogger": ("neptune",),
+}
 _LINKED = ("d_in", "d_out")
 _LINKED_KEYS = {
     **{
@@ -83,6 +93,17 @@ class FitCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let a checkpoint's settings override the command line [style A1.7]."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """As its base; afterwards no wandb run is open, which the next `fit` of this process would log to."""
+        failed = True
+        try:
+            super()._run_subcommand(subcommand)
+            failed = False
+        finally:
+            for logger in self.sae_trainer.loggers:
+                if isinstance(logger, WandbLogger) and logger._experiment is not None:
+                    logger.experiment.finish(exit_code=int(failed))
+
     @property
     def sae_trainer(self) -> SAETrainer:
         """The trainer, by its own type."""
@@ -100,6 +121,8 @@ class FitCLI(LightningCLI):
         loggers = config["trainer"]["logger"]
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             options = getattr(logger, "init_args", None)
+            if options is not None:
+                _check_installed(logger["class_path"].rpartition(".")[2])
             if options is not None and options.get("save_dir") in (None, "."):
                 options["save_dir"] = str(run)
             if options is not None and logger["class_path"].endswith("WandbLogger"):
@@ -113,6 +136,17 @@ class FitCLI(LightningCLI):
             data["path"] = str(own)
         if config["overwrite"] and config["ckpt_path"] is None and Path(data["path"]) == own:
             data["harvest"] = {**(data["harvest"] or {}), "overwrite": True}
+
+
+def _check_installed(logger: str) -> None:
+    """Whether a logger's package is there; jsonargparse would bury that in an error about types.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    packages = _LOGGER_PACKAGES.get(logger, ())
+    if packages and not any(find_spec(package) for package in packages):
+        raise ConfigError(f"trainer.logger {logger} needs {packages[0]}: pip install {packages[0]}")
 
 
 class RunConfig(SaveConfigCallback):
