@@ -30,7 +30,7 @@ SCALARS = {
     "speed/of_floor": "share of a step that the encoder's products alone take on this device (measured at the start); "
     "above 1 where fp32 is screened in bf16",
     "speed/logging_ms": "milliseconds a step spent in reading figures out and in loggers",
-    "data/wait_ms": "milliseconds a step that training stood still for data; this and the next are rank 0's",
+    "data/wait_ms": "milliseconds a batch that training stood still for data; `data/` and `memory/` are rank 0's",
     "data/windows_ready": "windows of blocks that are read ahead, of one for each lane",
     "data/gb_per_second": "bytes read, by the clock",
     "data/read_gb_per_second": "bytes read by one reading thread in a second of its reading",
