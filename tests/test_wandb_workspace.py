@@ -25,6 +25,12 @@ def test_the_view_shows_documented_names_of_every_namespace(script: Any) -> None
     assert {name.partition("/")[0] for name in shown} == {name.partition("/")[0] for name in FIGURES}
 
 
+def test_the_documentation_lists_the_view(script: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "logging.md").read_text()
+    for title, panels in script.SECTIONS.items():
+        assert f"| {title} | {'; '.join(panel.title for panel in panels)} |" in page
+
+
 def test_without_the_package_the_advice_is_one_line(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.reports.v2", None)
     with pytest.raises(ConfigError, match=r"pip install 'saeforge\[workspace\]'"):
