@@ -73,7 +73,7 @@ def draw(axes: Any, panel: Panel, curves: Curves) -> None:
             for tokens, value in points:
                 edges, counts = np.array(value["bins"]), np.array(value["values"], dtype=float)
                 shades = (counts / counts.max())[:, None]
-                axes.pcolormesh([tokens - width, tokens], edges, shades, cmap="Blues", rasterized=False)
+                axes.pcolormesh([tokens - width, tokens], edges, shades, cmap="Blues", rasterized=True)
         else:
             x, y = zip(*((tokens, value) for tokens, value in points if isinstance(value, int | float)), strict=True)
             axes.plot(x, y, linewidth=1, marker="." if len(x) < 15 else None, markersize=3, label=name)
@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     curves = read(given.run)
-    plt.rcParams["svg.hashsalt"] = "saeforge"  # the same figures make the same file
+    plt.rcParams |= {"svg.hashsalt": "saeforge", "svg.fonttype": "none"}  # equal figures, equal file; text as text
     heights = [-(-len(panels) // COLUMNS) for panels in SECTIONS.values()]
     figure = plt.figure(figsize=(10, 1.9 * sum(heights)), layout="constrained")
     parts = figure.subfigures(len(SECTIONS), 1, height_ratios=heights)
@@ -106,7 +106,7 @@ def main() -> int:
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(given.out, metadata={"Date": None})
+    figure.savefig(given.out, dpi=50, metadata={"Date": None})
     return 0
 
 

@@ -33,7 +33,9 @@ Value = float | Histogram | Table
 
 def shows_more(logger: Logger) -> bool:
     """Whether a logger shows histograms and tables; the others get scalars."""
-    return isinstance(logger, TensorBoardLogger | WandbLogger) or hasattr(logger, "loggers")
+    from saeforge.training.wandb_runs import WandbRuns  # which imports this module
+
+    return isinstance(logger, TensorBoardLogger | WandbLogger | WandbRuns)
 
 
 def describe(logger: Logger, facts: Mapping[str, Any]) -> None:
@@ -72,12 +74,13 @@ def log(trainer: Trainer, values: Mapping[str, Value], step: int) -> None:
 
 
 def _send(logger: Logger, values: Mapping[str, Value], step: int) -> None:
-    if hasattr(logger, "send"):  # WandbRuns
+    from saeforge.training.wandb_log import send  # both import this module
+    from saeforge.training.wandb_runs import WandbRuns
+
+    if isinstance(logger, WandbRuns):
         logger.send(values, step)
         return
     if isinstance(logger, WandbLogger):
-        from saeforge.training.wandb_log import send  # which imports this module
-
         send(logger, values, step)
         return
     scalars = {name: value for name, value in values.items() if isinstance(value, int | float)}
