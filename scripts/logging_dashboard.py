@@ -1,6 +1,6 @@
-"""Draws the view of wandb_workspace.py from an offline wandb run, as docs/logging-dashboard.svg was.
+"""Draws the view of wandb_workspace.py from an offline wandb run, as docs/logging-dashboard.png was.
 
-    python scripts/logging_dashboard.py RUN --out docs/logging-dashboard.svg
+    python scripts/logging_dashboard.py RUN --out docs/logging-dashboard.png
 
 The figures are the run's own; the arrangement is the view's, the drawing is matplotlib's and not wandb's.
 """
@@ -86,7 +86,7 @@ def draw(axes: Any, panel: Panel, curves: Curves) -> None:
 def main() -> int:
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,7 +94,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     curves = read(given.run)
-    plt.rcParams |= {"svg.hashsalt": "saeforge", "svg.fonttype": "none"}  # equal figures, equal file; text as text
     heights = [-(-len(panels) // COLUMNS) for panels in SECTIONS.values()]
     figure = plt.figure(figsize=(10, 1.9 * sum(heights)), layout="constrained")
     parts = figure.subfigures(len(SECTIONS), 1, height_ratios=heights)
@@ -106,7 +105,7 @@ def main() -> int:
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(given.out, dpi=50, metadata={"Date": None})
+    figure.savefig(given.out, dpi=80, metadata={"Software": None})
     return 0
 
 
