@@ -11,12 +11,14 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 import saeforge
@@ -179,7 +181,7 @@ def test_online_the_dataset_is_the_input_of_the_run(harvested: Path, offline: Pa
     assert first.name == f"activations-{identity['dataset'][:16]}"
     assert first.metadata["dataset_path"] == str(harvested)
     assert first.manifest.digest() == second.manifest.digest()  # the same data is the same version
-    run.offline = True  # type: ignore[misc]
+    run.offline = True
     assert not use_dataset(logger, identity)
 
 
@@ -294,6 +296,28 @@ def test_a_logger_that_fails_is_named_and_left_out_and_the_run_goes_on(tmp_path:
         train([broken, kept], tmp_path / "run")
     assert broken.readings == 2
     assert kept.lines == [0, 2, 3, 4, 5, 6]  # and each reading is in the file before the next one
+
+
+class SlowValidation(Callback):
+    """Takes its time."""
+
+    def on_validation_epoch_start(self, *args: Any) -> None:
+        """One and a half seconds."""
+        time.sleep(1.5)
+
+
+def test_speed_is_that_of_training_without_validation(tmp_path: Path) -> None:
+    options = {"logger": CSVLogger(tmp_path, name="csv"), "log_every_n_steps": 2, "val_check_interval": 5}
+    saeforge.train(
+        toy_rows(4096),
+        d_sae=64,
+        k=4,
+        tokens=640,
+        batch_size=64,
+        progress=False,
+        trainer={"accelerator": "cpu", "callbacks": [SlowValidation()], **options},
+    )
+    assert max(logged(tmp_path, "speed/step_ms")) < 500  # 750 with the validation between steps 4 and 6
 
 
 def test_a_logger_that_cannot_start_is_one_line(

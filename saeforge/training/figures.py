@@ -25,7 +25,7 @@ SCALARS = {
     "train/dead": "latents silent for `dead_after_tokens`",
     "schedule/lr": "learning rate of the last step",
     "schedule/<name>": "the variant's scheduled values (`l1` ...), as `target_l0` scales them",
-    "speed/tokens_per_second": "of all devices together, by the clock: validation and checkpoints count",
+    "speed/tokens_per_second": "of all devices together, by the clock, validation left out (checkpoints are not)",
     "speed/step_ms": "milliseconds a step, by the same clock",
     "speed/of_floor": "share of a step that the encoder's products alone take on this device (measured at the start); "
     "above 1 where fp32 is screened in bf16",

@@ -70,6 +70,21 @@ class Telemetry(Callback):
         self._step, self._clock = step, begin
         self._spent = time.perf_counter() - begin
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock: speed is that of training."""
+        self._stopped = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets it run on."""
+        self._clock += time.perf_counter() - self._stopped
+
+    @staticmethod
+    def leave_out(trainer: Trainer, seconds: float) -> None:
+        """Does not count so many seconds that another callback took for something else than training."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # of Lightning, a list
+            if isinstance(callback, Telemetry):
+                callback._clock += seconds
+
     def _part(self, trainer: Trainer) -> int:
         """How many histograms should have been drawn."""
         return trainer.global_step * HISTOGRAMS_PER_RUN // max(1, trainer.max_steps)

@@ -16,7 +16,7 @@ from saeforge.evaluation.over_time import EffectOverTime
 from saeforge.training.figures import X_AXIS
 from saeforge.training.loggers import Value, log
 from saeforge.training.module import SAEModule
-from saeforge.training.telemetry import prefix_of
+from saeforge.training.telemetry import Telemetry, prefix_of
 
 
 class Validation(Callback):
@@ -106,8 +106,10 @@ class Validation(Callback):
                 found = effect.measure(member.fold())
                 member.latest["delta_ce"] = found["delta_ce"]
                 figures |= {f"{prefix_of(member)}model/{name}": value for name, value in found.items()}
-        rank_zero_info(f"step {step:,}: {time.perf_counter() - begin:.1f} s with the language model")
         self._log(trainer, pl_module, figures)
+        seconds = time.perf_counter() - begin
+        Telemetry.leave_out(trainer, seconds)
+        rank_zero_info(f"step {step:,}: {seconds:.1f} s with the language model")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the model go."""
