@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from saeforge.benchmark import bench_synthetic as bench_synthetic
     from saeforge.cli.fit import fit as fit
+    from saeforge.controls import make_controls as make_controls
     from saeforge.errors import SaeforgeError as SaeforgeError
     from saeforge.evaluation import agreement as agreement
     from saeforge.evaluation import evaluate as evaluate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from saeforge.formats.publish import push as push
     from saeforge.harvest import harvest as harvest
     from saeforge.harvest.inputs import harvest_inputs as harvest_inputs
+    from saeforge.pages.run_report import report as report
     from saeforge.sae import SAE as SAE
     from saeforge.steering import Add as Add
     from saeforge.steering import Clamp as Clamp
@@ -51,7 +53,9 @@ _PUBLIC = {
     "harvest": "saeforge.harvest",
     "harvest_inputs": "saeforge.harvest.inputs",
     "load": "saeforge.formats",
+    "make_controls": "saeforge.controls",
     "push": "saeforge.formats.publish",
+    "report": "saeforge.pages.run_report",
     "steer": "saeforge.steering",
     "train": "saeforge.training.train",
 }
@@ -74,7 +78,9 @@ __all__ = [
     "harvest",
     "harvest_inputs",
     "load",
+    "make_controls",
     "push",
+    "report",
     "steer",
     "train",
 ]

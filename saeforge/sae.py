@@ -77,8 +77,13 @@ class SAE(nn.Module):
         W_skip: Tensor | None = None,
         encoder: nn.Module | None = None,
         meta: dict[str, Any] | None = None,
+        copy: bool = True,
     ) -> None:
         """Checks the shapes.
+
+        Args:
+            W_enc, b_enc, W_dec, b_dec, rule, threshold, k, W_skip, encoder, meta: see the class.
+            copy: keep copies of the tensors; false where nobody else will write to them.
 
         Raises:
             ConfigError: shapes that do not fit, or a rule without its parameter.
@@ -122,7 +127,10 @@ class SAE(nn.Module):
         self.encoder = encoder
         for name, (tensor, _) in expected.items():
             if tensor is not None or name in ("threshold", "W_skip"):
-                self.register_buffer(name, None if tensor is None else tensor.detach().clone().contiguous())
+                kept = None if tensor is None else tensor.detach()
+                if kept is not None:
+                    kept = kept.clone(memory_format=torch.contiguous_format) if copy else kept.contiguous()
+                self.register_buffer(name, kept)
 
     @property
     def d_out(self) -> int:
@@ -266,9 +274,11 @@ class SAE(nn.Module):
                 )
         try:
             meta = json.loads(meta_path.read_text())
+            _check_origin(meta)
             with safe_open(weights, framework="pt", device=str(device)) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, ValueError, SafetensorError) as error:
+            _check_floats(tensors)
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise CheckpointError(f"the SAE in {folder} is damaged ({error}); save or copy it again") from error
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise CheckpointError(f"{meta_path} is not a saeforge SAE; another tool's goes through `saeforge import`")
@@ -333,6 +343,36 @@ def load(run: str | Path, *, device: str | torch.device = "cpu") -> SAE:
             f"{run} has no finished SAE yet; go on with `saeforge fit --config {run}/config.yaml --ckpt_path last`"
         )
     return SAE.load(run, device=device)
+
+
+def _check_origin(meta: Any) -> None:
+    """Sees that what is said of model, sites and variant has the shape that its readers count on.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if not isinstance(meta, dict):
+        return
+    for key in ("model", "site", "target", "variant", "training", "imported"):
+        if not isinstance(meta.get(key), dict | None):
+            raise ValueError(f"{key} is a {type(meta[key]).__name__}")
+    for key in ("site", "target"):
+        place = meta.get(key) or {}
+        if not all(isinstance(place.get(word), str | None) for word in ("id", "module_path", "where")):
+            raise ValueError(f"{key} is not named by texts")
+    if not isinstance((meta.get("model") or {}).get("name"), str | None):
+        raise ValueError("the model's name is no text")
+
+
+def _check_floats(tensors: dict[str, Tensor]) -> None:
+    """Sees that the SAE's own tensors are of floats; an encoder of rule plugin may keep others.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, tensor in tensors.items():
+        if "." not in name and not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}")
 
 
 def _rebuilt(folder: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

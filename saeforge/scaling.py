@@ -28,7 +28,7 @@ BLOCK_BYTES, BATCH_RING = 1 << 24, 3
 #: Blocks of a window and lanes of an order, as `saeforge fit` has them by default.
 WINDOW_BLOCKS, LANES = 4, 8
 #: ops.engine: bytes of a chunk of pre-activations on a GPU; on a CPU, with its least rows and what these may take.
-CUDA_CHUNK, CHUNK, CHUNK_ROWS, CHUNK_MOST = 1 << 30, 1 << 23, 256, 1 << 28
+CUDA_CHUNK, CHUNK, CHUNK_ROWS, CHUNK_MOST = 1 << 30, 1 << 24, 256, 1 << 28
 #: Bytes of a step for each number of a row beside the stored ones: the scaled and the shifted row, its bf16 form, the
 #: reconstruction, the error, its square and its gradient, in fp32.
 ROW_BYTES = 4 * 6 + 2
@@ -196,7 +196,7 @@ def memory(shape: Shape, layout: Layout, device: Device) -> dict[str, int]:
     # The rows as fp32; the geometric median wants them scaled, in float64, and their distances.
     initialisation = INITIAL_ROWS * (shape.token_bytes + (4 * numbers if shape.number_bytes < 4 else 0))
     initialisation += INITIAL_ROWS * shape.out * (4 + 8 + 8)
-    # In whole blocks; folding scales the weights, and the SAE keeps a copy.
+    # In whole blocks; the SAE holds weights of its own.
     held_out = max(rows, shape.window_rows // WINDOW_BLOCKS)
     validating = weights + screen + _chunk(f, held_out, 4, device) + held_out * VALIDATION_BYTES * widest
     parts = {
@@ -209,7 +209,7 @@ def memory(shape: Shape, layout: Layout, device: Device) -> dict[str, int]:
         "rows": rows * ROW_BYTES * widest,
         "code": rows * -(-shape.k // layout.latents) * ENTRY_BYTES,
         "bucketing": 4 * f * widest if layout.data > 1 else 0,
-        "validation": max(2 * weights, validating),
+        "validation": validating,
         "initialisation": initialisation if device.host else 0,
     }
     stay = sum(parts[name] for name in ("weights", "gradients", "adam", "bf16_copies", "windows"))
@@ -239,10 +239,12 @@ def traffic(shape: Shape, layout: Layout) -> dict[str, int]:
     Returns:
         `gradients` (fp32) and `counts` of firings (int64), summed over data ranks; `candidates`, the k
         largest values of each row (fp32), gathered from all latent ranks, `reconstruction` (in the compute type) and
-        `sums` (the pre-encoder bias' gradient, the gradients' norm), summed over them, as `ops.shards` has it.
+        `sums` (the pre-encoder bias' gradient, the gradients' norm), summed over them, as `ops.shards` has it; `rows`
+        as they were stored, which the first of these ranks hands on to the others, and `copies`, of the decoder bias'
+        gradient where rows are shared too.
     """
     f, rows = shape.d_sae // layout.latents, shape.batch // layout.data
-    found = dict.fromkeys(("gradients", "counts", "candidates", "reconstruction", "sums"), 0)
+    found = dict.fromkeys(("gradients", "counts", "candidates", "reconstruction", "sums", "rows", "copies"), 0)
     if layout.data > 1:
         found["gradients"] = 4 * (f * (shape.d_in + shape.out + 1) + shape.out)
         found["counts"] = 8 * f
@@ -250,6 +252,8 @@ def traffic(shape: Shape, layout: Layout) -> dict[str, int]:
         found["candidates"] = 4 * rows * min(shape.k, f)
         found["reconstruction"] = shape.compute_bytes * rows * shape.out
         found["sums"] = 4 * shape.d_in + 8
+        found["rows"] = shape.token_bytes * rows
+        found["copies"] = 4 * shape.out if layout.data > 1 else 0
     return found
 
 
@@ -267,7 +271,8 @@ def seconds(shape: Shape, layout: Layout, device: Device) -> dict[str, float]:
         "optimizer": (32 + (2 if bf16 else 0)) * f * width / bandwidth,
         "exchange": _all_reduce(sent["gradients"] + sent["counts"], layout.data, layout.latents, device)
         + _all_reduce(sent["reconstruction"] + sent["sums"], layout.latents, 1, device)
-        + _all_gather(sent["candidates"], layout.latents, device),
+        + _all_gather(sent["candidates"], layout.latents, device)
+        + _hand_on(sent["rows"] + sent["copies"], layout.latents, device),
     }
     return {**parts, "step": sum(parts.values())}
 
@@ -292,6 +297,11 @@ def _all_gather(size: int, ranks: int, device: Device) -> float:
     inside = min(ranks, device.per_node)
     rate = device.link if ranks <= device.per_node else device.network * inside
     return (ranks - 1) * size / (1e9 * rate)
+
+
+def _hand_on(size: int, ranks: int, device: Device) -> float:
+    """Seconds until what the first of `ranks` neighbours has went from each to the next, in pieces."""
+    return size / (1e9 * (device.link if ranks <= device.per_node else min(device.link, device.network)))
 
 
 @dataclass(frozen=True)
@@ -345,6 +355,6 @@ def assumptions(device: Device) -> list[str]:
         "RowAdam in fp32, one SAE; not counted: the process, the CUDA context and the allocator's slack (about 1 GB)",
         f"windows of {WINDOW_BLOCKS} blocks, {LANES} lanes or one a data rank; validation folds a copy of the SAE",
         "exchange is by rings, without latency; DDP sends fp32 gradients and does not hide them behind the backward",
-        "latent sharding is not offered by `fit` yet: each rank has d_sae / n latents, gathers k fp32 candidates a row "
-        "and sums one reconstruction; its rows are read once a group, and handing them on is not counted",
+        "latent sharding (trainer.strategy latent_parallel): each rank has d_sae / n latents, gathers k fp32 "
+        "candidates a row and sums one reconstruction; rows are read once a group of ranks and handed on",
     ]

@@ -27,27 +27,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from bench_quality_judge import machine
 
 from saeforge.errors import SaeforgeError
 from saeforge.features.concepts import CLAIMS, CONVENTIONS, Concept, ConceptTable, concept_table
 from saeforge.features.concepts.score import Score
+from saeforge.lm.fresh import save_fresh_model
 from saeforge.sae import load
 
 AGAINST = ("french=spanish,italian,portuguese", "python=c,html,json")
-
-
-def make_random_model(folder: Path, seed: int = 0) -> None:
-    """Saves the demo model's architecture with freshly drawn weights, and its tokenizer, as a HuggingFace folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from saeforge.lm.load import resolve_model
-
-    original = resolve_model("demo")
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(original)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(original).save_pretrained(folder)
 
 
 def score_row(name: str, what: str, score: Score) -> str:
@@ -175,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if given.make_random_model is not None:
-        make_random_model(given.make_random_model)
+        save_fresh_model("demo", given.make_random_model)
         return 0
     if not given.runs or given.out is None:
         parser.error("give RUN folders and --out (or --make-random-model)")

@@ -26,7 +26,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,11 +37,11 @@ import torch
 from bench_quality_judge import identity, judge, judge_pca, machine, table, tune
 from torch import Tensor
 
+from saeforge.controls import moving_adam
 from saeforge.data.loader import TrainLoader, ValidationLoader
 from saeforge.data.source import BlockSource, ShardSource
 from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.metrics import Reconstruction
-from saeforge.optim import RowAdam
 from saeforge.sae import SAE
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
@@ -120,7 +120,7 @@ def train(
     if freeze:
         recipe = build(source.widths[0], source.widths[0]).recipe(setting.steps)
         shared["optimizer"] = partial(
-            free_adam, lr=setting.lr, betas=recipe.betas, eps=recipe.eps, max_grad_norm=recipe.max_grad_norm
+            moving_adam, lr=setting.lr, betas=recipe.betas, eps=recipe.eps, max_grad_norm=recipe.max_grad_norm
         )
     else:
         shared["lr"] = setting.lr
@@ -131,12 +131,6 @@ def train(
     start = time.perf_counter()
     trainer.fit(module, setting.data(source, seed))
     return Trained(module.members[0].variant.fold(), time.perf_counter() - start)
-
-
-def free_adam(groups: Iterable[dict[str, Any]], **options: Any) -> RowAdam:
-    """RowAdam over the parameters that may move."""
-    moving = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
-    return RowAdam([group for group in moving if group["params"]], **options)
 
 
 def write_batches(source: BlockSource, setting: Setting, seed: int, path: Path) -> None:

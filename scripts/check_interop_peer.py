@@ -47,8 +47,8 @@ def computed(tool: str, folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, to
     return ae.encode(x), ae(x)
 
 
-def trained(out: Path, x: torch.Tensor) -> None:
-    """SAELens's own training classes on the rows, each written as its `save_inference_model` does."""
+def trained(out: Path, x: torch.Tensor, names: tuple[str, ...] = ()) -> None:
+    """SAELens's own training classes (or those named) on the rows, each written as its `save_inference_model` does."""
     from sae_lens.registry import get_sae_training_class
     from sae_lens.saes.sae import TrainStepInput
 
@@ -61,6 +61,8 @@ def trained(out: Path, x: torch.Tensor) -> None:
         "jumprelu": {"l0_coefficient": 1.0, "jumprelu_init_threshold": 0.1, "jumprelu_bandwidth": 0.5},
     }
     for name, extra in options.items():
+        if names and name not in names:
+            continue
         torch.manual_seed(0)
         cls, config = get_sae_training_class(name)
         sae = cls(config(d_in=x.shape[1], d_sae=D_SAE, dtype="float32", device="cpu", **extra))

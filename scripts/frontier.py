@@ -18,22 +18,18 @@ import argparse
 import json
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_quality import free_adam
 from bench_quality_judge import machine_line
 from torch import Tensor
 
 import saeforge
+from saeforge.controls import pca, train_topk
 from saeforge.data.source import ShardSource
+from saeforge.lm.fresh import save_fresh_model
 from saeforge.sae import SAE
-from saeforge.training.data import ActivationData
-from saeforge.training.module import SAEModule
-from saeforge.training.trainer import SAETrainer
-from saeforge.variants import TopK, Variant
 
 RANKS = (16, 32, 64, 128)
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "l1_relu", "panneal")
@@ -43,66 +39,29 @@ EFFECT_TOKENS = 20_000
 SAME = 0.7
 
 
-def pca(source: ShardSource, rank: int) -> SAE:
-    """The best linear reconstruction of training rows as an SAE: two latents for each direction, one a sign."""
-    mean = torch.tensor(source.statistics[0].mean, dtype=torch.float64)
-    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for block in range(source.n_blocks("train")):
-        rows = source.read_block("train", block)[0].double() - mean
-        scatter.addmm_(rows.T, rows)
-    components = torch.linalg.eigh(scatter).eigenvectors[:, -rank:].T
-    both = torch.cat([components, -components]).float()
-    sae = SAE(
-        both, -(both @ mean.float()), both.clone(), mean.float(), rule="threshold", threshold=torch.zeros(2 * rank)
-    )
-    sae.meta = dict(source.pairs[0].identity)
-    return sae
-
-
-def train_topk(source: ShardSource, k: int, settings: dict[str, Any], *, frozen: bool) -> SAE:
+def trained(source: ShardSource, k: int, settings: dict[str, Any], *, frozen: bool) -> SAE:
     """topk as in the sweep; with its decoder left at random directions, if wanted."""
-
-    def build(d_in: int, d_out: int) -> Variant:
-        variant = TopK(d_in, d_out, d_sae=settings["d_sae"], k=k)
-        variant.W_dec.requires_grad_(not frozen)
-        return variant
-
-    shared: dict[str, Any] = {"lr_warmup_steps": settings["warmup"], "lr_decay_share": settings["decay"], "seed": 0}
-    if frozen:
-        recipe = build(source.widths[0], source.widths[0]).recipe(1)
-        shared["optimizer"] = partial(
-            free_adam, lr=settings["lr"], betas=recipe.betas, eps=recipe.eps, max_grad_norm=recipe.max_grad_norm
-        )
-    else:
-        shared["lr"] = settings["lr"]
-    module = SAEModule(build, source.widths[0], source.widths[0], **shared)
-    trainer = SAETrainer(accelerator="cpu", enable_progress_bar=False, limit_val_batches=0, default_root_dir=None)
-    trainer.fit(module, ActivationData.of(source, batch_size=settings["batch"], tokens=settings["tokens"], seed=0))
-    return module.folded()[0]
+    training = {"lr_warmup_steps": settings["warmup"], "lr_decay_share": settings["decay"]}
+    own = {"d_sae": settings["d_sae"], "tokens": settings["tokens"], "batch_size": settings["batch"]}
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False}
+    return train_topk(source, k=k, frozen=frozen, lr=settings["lr"], training=training, trainer=trainer, **own)
 
 
 def fresh_activations(folder: Path, like: str) -> Path:
     """The demo model with fresh weights on the same text: folder of its activations."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from saeforge.lm.load import resolve_model
-
     if not (folder / "acts" / "dataset.json").exists():
-        original = resolve_model("demo")
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(original)).save_pretrained(folder / "model")
-        AutoTokenizer.from_pretrained(original).save_pretrained(folder / "model")
+        fresh = save_fresh_model("demo", folder / "model")
         saeforge.harvest(
-            model=str(folder / "model"), sites=[like], text="demo", out=str(folder / "acts"), n_tokens=450_000, seed=0
+            model=str(fresh), sites=[like], text="demo", out=str(folder / "acts"), n_tokens=450_000, seed=0
         )
     return folder / "acts"
 
 
 def judged(sae: SAE | str, data: Path, *, effect: bool) -> dict[str, Any]:
     """Figures of held-out documents."""
-    found = saeforge.evaluate(sae, data=data, effect=effect, effect_tokens=EFFECT_TOKENS).to_json()
-    keep = {"l0": found["metrics"]["l0"], "fvu": found["metrics"]["fvu"]}
-    return keep | ({"delta_ce": found["effect"]["delta_ce"]} if effect else {})
+    found = saeforge.evaluate(sae, data=data, effect=effect, effect_tokens=EFFECT_TOKENS, probe=False)
+    keep = {"l0": found.metrics.l0_mean, "fvu": found.metrics.fvu}
+    return keep if found.effect is None else {**keep, "delta_ce": found.effect.overall.delta_ce}
 
 
 def agreement(a: Tensor, b: Tensor) -> dict[str, float]:
@@ -148,11 +107,11 @@ def judge_all(run: Path, data: Path, results: Results) -> None:
         if f"PCA-{k}" not in results.points:
             results.add(f"PCA-{k}", group="PCA", **judged(pca(source, k), data, effect=True))
         if f"frozen-{k}" not in results.points:
-            sae = train_topk(source, k, settings, frozen=True)
+            sae = trained(source, k, settings, frozen=True)
             results.add(f"frozen-{k}", group="frozen random decoder", **judged(sae, data, effect=True))
         if f"fresh-{k}" not in results.points:
             acts = fresh_activations(run / "fresh", "resid_post.3")
-            sae = train_topk(ShardSource(str(acts)), k, settings, frozen=False)
+            sae = trained(ShardSource(str(acts)), k, settings, frozen=False)
             results.add(f"fresh-{k}", group="model with fresh weights", **judged(sae, acts, effect=False))
 
 

@@ -55,13 +55,17 @@ for label in french german python; do
   saeforge features show "$RUN" "$(latent "$label")" --top 4 --samples 1
 done
 
+echo "== all of it on one page"
+saeforge report "$RUN"
+
 echo "== steering: the latent for French, clamped to 1.25 times its maximum"
 saeforge steer "$RUN" --edit "$(latent french)=clamp:1.25max" --prompt "In the kitchen" --prompt "The bridge was built"
 
 cat <<TEXT
 
 activations  $DATA
-run          $RUN  (config.yaml, checkpoints/, sae/, evaluation.json, features.sqlite, concepts.json, wandb/)
+run          $RUN  (config.yaml, checkpoints/, sae/, evaluation.json, features.sqlite, concepts.json, csv/, wandb/)
+report       $RUN/report.html  (one file: open it in a browser)
 dashboard    wandb sync $RUN/wandb/offline-run-*
 in Python    $VENV/bin/python -c "import saeforge; print(saeforge.load('$RUN'))"
 TEXT

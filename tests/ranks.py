@@ -49,6 +49,9 @@ class ThreadGroup(Group):
     def _all_gather(self, tensor: Tensor) -> Tensor:
         return self._threads.share(self.rank, tensor)
 
+    def _broadcast(self, tensor: Tensor) -> None:
+        tensor.copy_(self._threads.share(self.rank, tensor)[0])
+
 
 def on_mesh(data: int, latents: int, work: Callable[[Group, Group], Result]) -> list[list[Result]]:
     """`work(latent group, data group)` on every rank of a mesh: a list for each rank of data, of those of latents."""

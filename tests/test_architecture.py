@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"variants", "formats", "lm"},
     {"harvest", "evaluation", "features"},
     {"training", "steering"},
-    {"pages", "benchmark"},
+    {"pages", "benchmark", "controls"},
     {"cli"},
     {"__main__"},
 ]

@@ -18,11 +18,12 @@ from saeforge.cli.concepts import run as run_command
 from saeforge.errors import ConfigError
 from saeforge.features import FeatureStore, build_features
 from saeforge.features.concepts import ConceptTable, concept_table
-from saeforge.features.concepts.baselines import fit_probe
-from saeforge.features.concepts.columns import Reader
-from saeforge.features.concepts.documents import LabelledTexts, read_labelled
+from saeforge.features.concepts.baselines import PROBE_C
+from saeforge.lm.labelled import LabelledTexts, read_labelled
+from saeforge.lm.labelled_rows import Reader
 from saeforge.lm.load import load_model
 from saeforge.lm.text import Document
+from saeforge.metrics.logistic import fit_probe
 from saeforge.sae import SAE
 from tests.tiny_models import WORDS, save_model
 
@@ -119,7 +120,7 @@ def test_a_latent_that_is_the_concept_is_found_and_clears_chance(model: Path) ->
     x, _, document, labelled = read_dense(planted, texts)
     train = labelled.train[document]
     positive = labelled.label[document] == labelled.labels.index("hill")
-    direction = fit_probe(x[train], positive[train]).direction
+    direction = fit_probe(x[train], positive[train], c=PROBE_C).direction
     score = x @ direction
     planted.W_enc[17] = torch.from_numpy(direction)
     planted.b_enc[17] = 10 - float(np.quantile(score, 0.6))  # the threshold is 10: it fires on two fifths
@@ -145,7 +146,7 @@ def test_with_shuffled_labels_the_model_tells_nothing_held_out(model: Path) -> N
 def test_the_result_does_not_depend_on_whether_activations_are_kept(
     model: Path, texts: list[Document], table: ConceptTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saeforge.features.concepts.columns.KEPT_BYTES", 0)
+    monkeypatch.setattr("saeforge.lm.labelled_rows.KEPT_BYTES", 0)
     again = concept_table(make_sae(model), texts, resamples=100, random_draws=2, control=make_sae(model, seed=9))
     assert again.to_json() == table.to_json()
 
@@ -194,7 +195,7 @@ def test_labels_that_clear_chance_go_to_the_store_and_others_do_not(model: Path,
     sae = make_sae(model, d_sae=24)
     x, _, document, labelled = read_dense(sae, texts)
     positive = labelled.label[document] == labelled.labels.index("hill")
-    direction = fit_probe(x, positive).direction
+    direction = fit_probe(x, positive, c=PROBE_C).direction
     sae.W_enc[17] = torch.from_numpy(direction)
     sae.b_enc[17] = 10 - float(np.quantile(x @ direction, 0.6))
     sae.save(tmp_path / "run" / "sae")

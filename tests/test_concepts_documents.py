@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from saeforge.errors import ConfigError
-from saeforge.features.concepts.documents import Comparison, make_comparisons, read_labelled
+from saeforge.lm.labelled import Comparison, make_comparisons, read_labelled
 from saeforge.lm.text import Document
 
 LABELS = ("english", "french", "spanish")

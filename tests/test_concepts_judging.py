@@ -10,11 +10,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from saeforge.features.concepts.baselines import LabelMeans, fit_probe, random_latents
+from saeforge.features.concepts.baselines import PROBE_C, LabelMeans, random_latents
 from saeforge.features.concepts.columns import LatentColumns
-from saeforge.features.concepts.documents import Comparison, LabelledTexts, make_comparisons
 from saeforge.features.concepts.measure import Latents, Protocol, TokenSample
 from saeforge.features.concepts.score import Judge
+from saeforge.lm.labelled import Comparison, LabelledTexts, make_comparisons
+from saeforge.metrics.logistic import fit_probe
 from saeforge.ops import SparseCode
 
 
@@ -166,7 +167,7 @@ def test_the_probe_ranks_raw_activations_as_scikit_learn_ranks_standardised_ones
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(400, 6)) * [1, 10, 0.1, 1, 1, 0] + 7).astype(np.float32)
     positive = x[:, 1] + rng.normal(size=400) * 5 > 10
-    found = fit_probe(x, positive)
+    found = fit_probe(x, positive, c=PROBE_C)
     assert found.converged
     spread = np.where(x.std(0) == 0, 1, x.std(0))
     scaled = (x - x.mean(0)) / spread

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from saeforge.features.concepts.columns import pool_mean
-from saeforge.features.concepts.ranking import (
+from saeforge.metrics.ranking import (
     Entries,
     Ordered,
     draw_weights,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from saeforge import formats
 from saeforge.cli.export import run as export
 from saeforge.errors import CheckpointError, ConfigError
+from saeforge.formats.hub import _wanted
 from saeforge.sae import SAE
 from tests.test_formats import D_SAE, D, K, random_sae, same
 
@@ -168,6 +169,11 @@ def test_the_command_exports_a_run_of_all_layers_and_says_what_top_k_needs(
     assert "11 SAEs" in said
     assert f"TopK({K})" in said
     assert len(list((tmp_path / "run/exports/circuit-tracer").glob("layer_*.safetensors"))) == 11
+
+
+def test_of_a_hub_one_layer_is_fetched_with_its_configuration() -> None:
+    files = ["plt/config.yaml", "plt/layer_0.safetensors", "plt/layer_1.safetensors", "README.md"]
+    assert _wanted(files, "plt/layer_1.safetensors", []) == ["plt/config.yaml", "plt/layer_1.safetensors"]
 
 
 def test_damaged_or_strange_configurations_are_one_clear_error(tmp_path: Path) -> None:

@@ -245,6 +245,15 @@ def test_by_hand() -> None:
     assert (found.dead, found.dense_10pct, found.firing_share_10pct) == (1, 2, 1)
 
 
+def test_the_histogram_of_l0_has_each_token_once_in_bins_of_one_whole_width() -> None:
+    f = torch.ones(300, 200).tril(-1)  # L0 0, 1, ..., 199, 200, 200, ...
+    firing = accumulate(torch.ones(300, 2), torch.ones(300, 2), f, 64).firing()
+    assert firing.l0_edges == tuple(range(0, 205, 4))  # 201 levels in at most 60 bins
+    assert firing.l0_tokens == (4,) * 50 + (100,)
+    alike = accumulate(torch.ones(5, 2), torch.ones(5, 2), f[7:8].repeat(5, 1), 5).firing()
+    assert (alike.l0_edges, alike.l0_tokens) == ((7, 8), (5,))
+
+
 def test_shares_of_firings_weigh_latents_by_their_rate() -> None:
     f = torch.zeros(200, 4)
     f[:100, 0] = f[:10, 1] = f[:2, 2] = 1.0  # rates 0.5, 0.05, 0.01

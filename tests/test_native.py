@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import Above, SparseCode, TopK, dense, encode, native, screen, shadow, stock
+from saeforge.ops import Above, SparseCode, TopK, dense, encode, native, residual, screen, shadow, stock
 from saeforge.ops.native import build, pool
 from saeforge.ops.native import products as native_products
 from saeforge.ops.select import top_k
@@ -54,6 +54,19 @@ def test_top_k_equals_the_stock_one(
     assert torch.equal(values, pre.gather(1, expected).float())
     if k < n:
         assert torch.equal(indices, stock.top_k(pre, k)[1])
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("k", [1, 7, 40, 100, 500, 4999])
+def test_top_k_of_long_rows_equals_the_stock_one(k: int, dtype: torch.dtype) -> None:
+    pre = torch.randn(4, 5000, generator=torch.Generator().manual_seed(k)).to(dtype)
+    pre[1] = 1 / pre[1]  # keys far apart
+    pre[2, ::2] = pre[2, 0]
+    pre[3] = -1.0
+    values, indices = native.top_k(pre, k)
+    expected = pre.argsort(dim=1, descending=True, stable=True)[:, :k].sort(1).values
+    assert torch.equal(indices, expected)
+    assert torch.equal(values, pre.gather(1, expected).float())
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
@@ -144,12 +157,39 @@ def test_the_number_of_threads_changes_no_bit() -> None:
                 native_products.gather_sum(code, code.values, weight),
                 native_products.row_dots(code, x, weight),
                 native_products.scatter_outer(code, code.values, x),
+                *native.residual(x, x.flip(0), weight[0]),
+                *native.residual_grad(x, x[:, 0]),
+                native.row_sum(x[:, 1], x),
             ]
             results.append(parts)
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("n_rows", "d"), [(0, 3), (1, 1), (150, 67)])
+def test_a_residual_equals_autograd_in_float64(n_rows: int, d: int) -> None:
+    generator = torch.Generator().manual_seed(d)
+    shapes = [(n_rows, d), (n_rows, d), (d,), (n_rows,)]
+    target, rebuilt, bias, weight = (torch.randn(shape, generator=generator) for shape in shapes)
+    found: list[list[Tensor]] = []
+    for dtype in (torch.float32, torch.float64):  # the kernels; plain autograd
+        leaves = [part.detach().to(dtype).requires_grad_() for part in (target, rebuilt, bias)]
+        error, squares = residual(*leaves)
+        assert not error.requires_grad
+        (squares * weight.to(dtype)).sum().backward()
+        found.append([error, squares.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 5
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (63, 16), (201, 37)])
+def test_a_sum_of_rows_equals_a_product_in_float64(n: int, d: int) -> None:
+    weight, table = torch.randn(n), torch.randn(n, d)
+    found, exact = native.row_sum(weight, table).double(), weight.double() @ table.double()
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tensor_that_a_kernel_would_misread_is_refused() -> None:

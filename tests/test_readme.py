@@ -34,6 +34,7 @@ SHORTER: dict[tuple[str, ...], list[str]] = {
     ("saeforge", "features", "concepts"): ["--labels", "french,python", "--random_draws", "1", "--resamples", "20"],
     ("saeforge", "features", "show"): [],
     ("saeforge", "features", "search"): [],
+    ("saeforge", "report"): [],
     ("saeforge", "steer"): ["--max_new_tokens", "4"],
     ("saeforge", "export"): [],
     ("saeforge", "import"): [],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from saeforge.cli.parsing import PARSER_MODE, OneLineParser, configure_jsonargparse
 
@@ -48,6 +48,38 @@ def make_parser() -> OneLineParser:
     parser.add_argument(
         "--batch_contexts", type=int | None, default=None, help="Contexts at a time; default: as many as fit."
     )
+    parser.add_argument(
+        "--probe",
+        type=str,
+        default="auto",
+        help="Judge by labelled documents, with k-sparse probing and targeted probe perturbation (scikit-learn): true, "
+        "false, or auto (if there are labels).",
+    )
+    parser.add_argument(
+        "--probe_texts",
+        type=str | None,
+        default=None,
+        help="Labelled texts for that, run through the model: demo, a folder with a subfolder per label, or a .jsonl "
+        "file; default: the dataset's own documents.",
+    )
+    parser.add_argument("--probe_tokens", type=int, default=200_000, help="Stored activations to fit probes on.")
+    parser.add_argument(
+        "--controls",
+        type=Literal["pca", "random_decoder", "reinit"],
+        nargs="+",
+        default=[],
+        help="Judge these beside it: PCA of rank L0; topk with its decoder frozen at random directions; topk on the "
+        "same model with fresh weights (harvests the text anew). They stay in RUN/controls.",
+    )
+    parser.add_argument(
+        "--control_tokens",
+        type=int,
+        default=1_000_000,
+        help="Tokens that a control is trained on, or as many as the SAE was, if that is less.",
+    )
+    parser.add_argument(
+        "--control_lr", type=float | None, default=None, help="Their learning rate; default: topk's recipe."
+    )
     parser.add_argument("--model", type=str | None, default=None, help="Where the model is now, if it moved.")
     parser.add_argument(
         "--trust_remote_code",
@@ -77,9 +109,45 @@ def run(argv: Sequence[str]) -> int:
     from rich.table import Table
 
     from saeforge.evaluation import evaluate
+    from saeforge.evaluation.judge import one_of_three
+    from saeforge.evaluation.labelled_table import (
+        PROBING_COLUMNS,
+        TPP_COLUMNS,
+        control_rows,
+        probing_label_rows,
+        probing_notes,
+        probing_rows,
+        tpp_rows,
+    )
     from saeforge.evaluation.table import LABEL_COLUMNS, elsewhere_rows, label_rows, notes, summary_rows, weight_rows
 
-    units = {"activations": "batches of activations", "model": "contexts through the model"}
+    units = {
+        "activations": "batches of activations",
+        "model": "contexts through the model",
+        "documents": "blocks of labelled documents",
+        "texts": "labelled contexts through the model",
+        "probes": "labels probed",
+        "perturbations": "labels perturbed",
+    }
+    controls = None
+    if options.controls:
+        from saeforge.controls import make_controls
+
+        for name in ("effect", "probe"):
+            one_of_three(name, options[name])  # before minutes of work
+        controls = make_controls(
+            options.run,
+            list(dict.fromkeys(options.controls)),
+            data=options.data,
+            split=options.split,
+            tokens=options.control_tokens,
+            lr=options.control_lr,
+            model=options.model,
+            trust_remote_code=options.trust_remote_code,
+            seed=options.seed,
+            device=options.device,
+            on_control=lambda name: print(f"making the control {name}", file=sys.stderr, flush=True),
+        )
     columns = (
         TextColumn("evaluating"),
         BarColumn(),
@@ -93,7 +161,8 @@ def run(argv: Sequence[str]) -> int:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(units[what], total=total)
+                name, _, unit = what.rpartition(": ")  # a control's name stands before what is done
+                tasks[what] = progress.add_task(f"{name}: {units[unit]}" if name else units[unit], total=total)
             progress.update(tasks[what], completed=done)
 
         result = evaluate(
@@ -106,6 +175,10 @@ def run(argv: Sequence[str]) -> int:
             effect=options.effect,
             effect_tokens=options.effect_tokens,
             batch_contexts=options.batch_contexts,
+            probe=options.probe,
+            probe_texts=options.probe_texts,
+            probe_tokens=options.probe_tokens,
+            controls=controls,
             model=options.model,
             trust_remote_code=options.trust_remote_code,
             seed=options.seed,
@@ -128,15 +201,22 @@ def run(argv: Sequence[str]) -> int:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    by_label = label_rows(result)
-    if by_label:
-        table = Table(title="effect on the model, by label")
-        for name in LABEL_COLUMNS:
-            table.add_column(name, justify="left" if name == "label" else "right")
-        for values in by_label:
+    for title, columns_of, values_of in (
+        ("effect on the model, by label", LABEL_COLUMNS, label_rows(result)),
+        ("which label a document has: held out, mean over labels", PROBING_COLUMNS, probing_rows(result)),
+        ("accuracy by label", *probing_label_rows(result)),
+        ("drop of accuracy when a label's latents are ablated", TPP_COLUMNS, tpp_rows(result)),
+        ("beside controls", *control_rows(result)),
+    ):
+        if not values_of:
+            continue
+        table = Table(title=title)
+        for at, name in enumerate(columns_of):
+            table.add_column(name, justify="right" if at else "left")
+        for values in values_of:
             table.add_row(*values)
         console.print(table)
-    for note in notes(result):
+    for note in [*notes(result), *probing_notes(result)]:
         print(f"note: {note}")
     if result.path is not None:
         print(f"written to {result.path}")

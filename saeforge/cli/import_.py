@@ -28,7 +28,7 @@ def make_parser() -> OneLineParser:
         default="auto",
         metavar="FORMAT",
         help="auto, saelens, sparsify, dictionary_learning, gemma_scope, gemma_scope_2, llama_scope, qwen_scope, "
-        "openai, or a plugin's.",
+        "openai, circuit-tracer (the file of one layer), or a plugin's.",
     )
     parser.add_argument("--run", type=str | None, default=None, help="RUN folder; default: runs/<name of the folder>.")
     parser.add_argument(

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "judge an autoencoder on held-out activations and by its model's loss",
     ),
     "features": ("saeforge.cli.features", "read the latents: what fires them, and which concept they are"),
+    "report": ("saeforge.cli.report", "write a page about runs: figures, curves, latents, several runs compared"),
     "steer": ("saeforge.cli.steer", "generate text with latents clamped, scaled or added, beside the plain text"),
     "export": ("saeforge.cli.export", "write an autoencoder in the files of another tool"),
     "import": ("saeforge.cli.import_", "read an autoencoder that another tool wrote"),

@@ -23,7 +23,7 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="saeforge plan",
         description="Memory of a device, floor of a step, traffic, tokens/s and disk GB/s, by arithmetic: for data "
-        "parallelism (ddp, what `saeforge fit` does) and for latents sharded over devices (not offered by it yet).",
+        "parallelism (trainer.strategy ddp) and for latents shared out over devices (latent_parallel).",
         parser_mode=PARSER_MODE,
         allow_abbrev=False,
     )

@@ -18,10 +18,11 @@ HOOKS = {
     "hook_mlp_out": "mlp_out",
     "ln1.hook_normalized": "attn_in",
     "ln2.hook_normalized": "mlp_in",
+    "mlp.hook_in": "mlp_in",
     "attn.hook_z": "attn_z",
     "mlp.hook_post": "mlp_act",
 }
-KINDS = tuple(HOOKS.values())
+KINDS = tuple(dict.fromkeys(HOOKS.values()))
 #: As wide as the heads together, or as there are neurons; all others are as wide as the residual stream.
 INSIDE = ("attn_z", "mlp_act")
 
@@ -72,6 +73,8 @@ def hook_of_alias(name: str) -> str | None:
     parsed = parse_alias(name)
     if parsed is None:
         return None
+    if _BLOCK_HOOK.fullmatch(name):
+        return name
     kind, layer = parsed
     return f"blocks.{layer}.{next(hook for hook, other in HOOKS.items() if other == kind)}"
 

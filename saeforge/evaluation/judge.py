@@ -5,29 +5,47 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from saeforge import __version__
-from saeforge.data.source import ShardSource
-from saeforge.errors import ConfigError, DatasetError, SaeforgeError
+from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.evaluation.comparison import agreement, check_comparable
 from saeforge.evaluation.effect import Effect, measure_effect
-from saeforge.evaluation.held_out import HeldOutTexts
-from saeforge.evaluation.opening import load_judge, open_texts, splice
-from saeforge.evaluation.passes import SplicedModel
+from saeforge.evaluation.labelled import PROBE_TOKENS, Labelled, judge_labels
+from saeforge.evaluation.opening import open_dataset, open_effect
 from saeforge.evaluation.reconstruction import CONVENTIONS, measure_reconstruction
 from saeforge.lm.device import resolve_device
-from saeforge.lm.origin import Origin, origin_of
+from saeforge.lm.labelled import LabelledTexts, read_labelled
+from saeforge.lm.origin import origin_of
 from saeforge.metrics import Agreement, Firing, Reconstruction, WeightFigures, weight_figures
 from saeforge.metrics.conventions import AGREEMENT, FIRING, WEIGHTS
+from saeforge.metrics.logistic import check_probe
 from saeforge.sae import SAE, load
 
 EFFECT_TOKENS = 50_000
+NOT_PROBED = Labelled(None, None)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What stands beside an SAE and is judged as it is; `saeforge.make_controls` makes the usual ones.
+
+    Attributes:
+        sae: in its place.
+        definition: what it is, kept beside its figures.
+        data: its own dataset; None: the SAE's.
+        own_model: it reads another model, whose loss says nothing of the SAE's: its effect is left out.
+    """
+
+    sae: SAE
+    definition: str
+    data: str | Path | None = None
+    own_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,10 @@ class Evaluation:
         d_sae: latents of the SAE.
         about: SAE, dataset, site, split and versions, as plain JSON values.
         against: agreement with another SAE's decoder, or None.
+        labelled: k-sparse probing and targeted probe perturbation, or why there are none.
         path: where the JSON was written, or None.
+        controls: the same of each control, by name, as `controls` of `evaluate` names them.
+        definitions: of the controls, by name.
     """
 
     metrics: Reconstruction
@@ -54,7 +75,10 @@ class Evaluation:
     d_sae: int
     about: dict[str, Any]
     against: Agreement | None = None
+    labelled: Labelled = NOT_PROBED
     path: Path | None = None
+    controls: Mapping[str, Evaluation] = field(default_factory=dict)
+    definitions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: metrics, conventions, what was evaluated; what is undefined is null."""
@@ -67,6 +91,12 @@ class Evaluation:
         }
         if self.against is not None:
             parts["against"] = {**_plain(self.against), "conventions": AGREEMENT}
+        parts |= _walk(self.labelled.to_json())
+        if self.controls:
+            parts["controls"] = {
+                name: {"definition": self.definitions[name], **_without(control.to_json(), "conventions")}
+                for name, control in self.controls.items()
+            }
         return {"metrics": _plain(self.metrics), "conventions": CONVENTIONS, **parts, **effect, **self.about}
 
 
@@ -81,6 +111,10 @@ def evaluate(
     effect: str | bool = "auto",
     effect_tokens: int = EFFECT_TOKENS,
     batch_contexts: int | None = None,
+    probe: str | bool = "auto",
+    probe_texts: str | LabelledTexts | None = None,
+    probe_tokens: int = PROBE_TOKENS,
+    controls: Mapping[str, Control] | None = None,
     model: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -101,6 +135,12 @@ def evaluate(
             `effect_reason` says what is missing.
         effect_tokens: predictions to score (whole contexts, at least one).
         batch_contexts: contexts at a time; default: as many as fit. The result does not depend on it but for rounding.
+        probe: also by labelled documents, with k-sparse probing and targeted probe perturbation (scikit-learn): True;
+            False; or "auto": if there are labels, else `probing_reason` says what is missing.
+        probe_texts: labelled texts for that, run through the model: "demo", a folder with a subfolder per label, or a
+            `.jsonl` file; default: the dataset's own documents, where they have labels, without the model.
+        probe_tokens: stored activations to fit probes on, at most (whole blocks).
+        controls: to judge in the same way, by name (see `saeforge.make_controls`).
         model: where the model is now, if it moved.
         trust_remote_code: run Python code that comes with the model.
         seed: of the bootstrap, of the latents sampled for cosines, and of the random directions beside `against`.
@@ -109,13 +149,11 @@ def evaluate(
 
     Raises:
         SaeforgeError: no SAE, no dataset, activations of another width, a device that is not there; with `effect` True:
-            no causal language model or no texts.
+            no causal language model or no texts; with `probe` True: no labels or no scikit-learn.
     """
-    effect = {"true": True, "false": False}.get(effect, effect) if isinstance(effect, str) else effect
-    if effect not in (True, False, "auto"):
-        raise ConfigError(f"effect {effect!r}: expected auto, true or false")
+    effect, probe = one_of_three("effect", effect), one_of_three("probe", probe)
     numbers = {"batch_size": batch_size, "max_tokens": max_tokens}
-    numbers |= {"effect_tokens": effect_tokens, "batch_contexts": batch_contexts}
+    numbers |= {"effect_tokens": effect_tokens, "batch_contexts": batch_contexts, "probe_tokens": probe_tokens}
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ConfigError(f"{name} = {number}: expected a positive number")
@@ -126,7 +164,11 @@ def evaluate(
     other = against if against is None or isinstance(against, SAE) else load(against)
     if other is not None:
         check_comparable(sae, other)
-    root, source = _open_dataset(sae, data, split)
+    root, source = open_dataset(sae, data, split)
+    if probe is True:
+        check_probe()  # what is missing is told now, not after the work
+    if isinstance(probe_texts, str) and probe is not False:
+        probe_texts = read_labelled(probe_texts, seed=seed)
 
     def progress(what: str) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, total: on_progress(what, done, total)
@@ -142,7 +184,7 @@ def evaluate(
     if effect is not False:
         try:
             origin = origin_of(sae, model=model, trust_remote_code=trust_remote_code)
-            spliced, texts = _open_effect(sae, origin, root, source, split, budget=effect_tokens, device=place)
+            spliced, texts = open_effect(sae, origin, root, source, split, budget=effect_tokens, device=place)
             found = measure_effect(
                 spliced,
                 sae,
@@ -158,6 +200,42 @@ def evaluate(
             if effect is True:
                 raise
             reason = str(error)
+    labelled = judge_labels(
+        sae,
+        root,
+        source,
+        split,
+        probe=probe,
+        texts=probe_texts if isinstance(probe_texts, LabelledTexts) else None,
+        probe_tokens=probe_tokens,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        model=model,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+        device=place,
+        progress=progress,
+    )
+    beside = {}
+    for name, control in (controls or {}).items():
+        beside[name] = evaluate(
+            control.sae,
+            data=control.data or data,
+            split=split,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            effect=False if control.own_model else effect,
+            effect_tokens=effect_tokens,
+            batch_contexts=batch_contexts,
+            probe=probe,
+            probe_texts=probe_texts,
+            probe_tokens=probe_tokens,
+            model=None if control.own_model else model,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+            device=device,
+            on_progress=_under(name, on_progress),
+        )
     sites = [part["site"] for part in sae.meta.get("sources") or ()] or [sae.meta.get("site")]
     about = {
         "sae": {"d_in": sae.d_in, "d_sae": sae.d_sae, "rule": sae.rule, "variant": sae.meta.get("variant")},
@@ -170,78 +248,63 @@ def evaluate(
     path = None if isinstance(run, SAE) or not (Path(run) / "sae").is_dir() else Path(run) / "evaluation.json"
     if against is not None:
         about["against_sae"] = None if isinstance(against, SAE) else str(against)
-    result = Evaluation(measured.metrics, measured.firing, weights, found, reason, sae.d_sae, about, agreed, path)
+    result = Evaluation(
+        measured.metrics,
+        measured.firing,
+        weights,
+        found,
+        reason,
+        sae.d_sae,
+        about,
+        agreed,
+        labelled,
+        path,
+        beside,
+        {name: control.definition for name, control in (controls or {}).items()},
+    )
     if path is not None:
         _write(path, result.to_json())
     return result
 
 
-def _open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[str, ShardSource]:
-    """Open the dataset to judge on, and see that it fits the SAE."""
-    path = data or sae.meta.get("dataset_path")
-    if path is None:
-        raise ConfigError("this SAE does not say which dataset it was trained on; give one with --data")
-    site, target = sae.meta.get("site") or {}, sae.meta.get("target") or {}
-    if sae.meta.get("sources"):
-        source = _open_sources(sae, data)
-    else:
-        source = ShardSource(str(path), input=site.get("id"), target=target.get("id"))
-    pair = source.pairs[0]
-    if pair.widths(source) != (sae.d_in, sae.d_out):
-        raise DatasetError(
-            f"{path} holds activations {pair.widths(source)[0]} wide, this SAE reads {sae.d_in}; give its own dataset "
-            "with --data"
-        )
-    if split not in ("train", "validation"):
-        raise ConfigError(f"split {split!r}: expected 'validation' or 'train'")
-    if source.n_blocks(split) == 0:
-        raise DatasetError(
-            f"{path} has no {split} split; harvest with a validation_share above 0, or use --split train"
-        )
-    return str(path), source
-
-
-def _open_sources(sae: SAE, data: str | Path | None) -> ShardSource:
-    """The sites that an SAE reads side by side, where they were or, if all are of one dataset, in `data`.
+def one_of_three(name: str, value: str | bool) -> str | bool:
+    """True, False or "auto".
 
     Raises:
-        ConfigError: `data` for sites of several datasets, or sources in memory.
+        ConfigError: another value.
     """
-    sides = [sae.meta["sources"], sae.meta.get("targets") or []]
-    folders = {part.get("dataset_path") for side in sides for part in side}
-    if None in folders:
-        raise ConfigError("this SAE was trained on several tensors in memory; there is no dataset to evaluate it on")
-    if data is not None and len(folders) > 1:
-        raise ConfigError(f"--data {data}: this SAE reads {len(folders)} datasets side by side; leave --data out")
-    names = [[f"{data or part['dataset_path']}#{part['site']['id']}" for part in side] for side in sides]
-    return ShardSource(None, input=names[0], target=names[1] or None)
+    choice = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+    if choice not in (True, False, "auto"):
+        raise ConfigError(f"{name} {value!r}: expected auto, true or false")
+    return choice
 
 
-def _open_effect(
-    sae: SAE, origin: Origin, root: str, source: ShardSource, split: str, *, budget: int, device: str
-) -> tuple[SplicedModel, HeldOutTexts]:
-    """Load the SAE's causal language model, and open the texts behind the activations.
+def _under(name: str, on_progress: Callable[[str, int, int], None] | None) -> Callable[[str, int, int], None] | None:
+    """Progress of a control: what is done has its name before it."""
+    if on_progress is None:
+        return None
+    return lambda what, done, total: on_progress(f"{name}: {what}", done, total)
 
-    Raises:
-        ConfigError: no such model, no causal one, no texts, or texts in another model's tokens.
-        DatasetError: damaged texts.
-    """
-    card = sae.meta["model"]
-    texts = open_texts(card, root, source.manifest, split, budget=budget)
-    return splice(load_judge(card, origin, device=device), origin, texts), texts
+
+def _without(value: Any, key: str) -> Any:
+    """JSON values without a key, at any depth: the controls' conventions are the SAE's."""
+    if isinstance(value, dict):
+        return {name: _without(part, key) for name, part in value.items() if name != key}
+    return value
 
 
 def _plain(result: Any) -> dict[str, Any]:
-    """A dataclass of figures as JSON values: NaN, which JSON has no word for, is null."""
+    """A dataclass of figures as JSON values."""
+    return {key: _walk(part) for key, part in asdict(result).items()}
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: walk(part) for key, part in value.items()}
-        if isinstance(value, tuple):
-            return [walk(part) for part in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return {key: walk(part) for key, part in asdict(result).items()}
+def _walk(value: Any) -> Any:
+    """JSON values: keys are texts, and NaN, which JSON has no word for, is null."""
+    if isinstance(value, dict):
+        return {str(key): _walk(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_walk(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

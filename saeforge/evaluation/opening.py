@@ -1,4 +1,4 @@
-"""Opens what an SAE's effect is judged with: its language model, and the texts behind a dataset's activations."""
+"""What an SAE is judged on: its dataset, its language model, and the texts behind the activations."""
 
 from __future__ import annotations
 
@@ -7,12 +7,69 @@ from pathlib import Path
 from typing import Any
 
 from saeforge.data.manifest import Manifest
-from saeforge.errors import ConfigError
+from saeforge.data.source import ShardSource
+from saeforge.errors import ConfigError, DatasetError
 from saeforge.evaluation.held_out import HeldOutTexts
 from saeforge.evaluation.passes import SplicedModel, sees_the_future
 from saeforge.lm.causal import CausalLM
 from saeforge.lm.load import MODEL_DTYPES
 from saeforge.lm.origin import Origin
+from saeforge.sae import SAE
+
+
+def open_dataset(sae: SAE, data: str | Path | None, split: str) -> tuple[str, ShardSource]:
+    """Open the dataset to judge on, and see that it fits the SAE."""
+    path = data or sae.meta.get("dataset_path")
+    if path is None:
+        raise ConfigError("this SAE does not say which dataset it was trained on; give one with --data")
+    site, target = sae.meta.get("site") or {}, sae.meta.get("target") or {}
+    if sae.meta.get("sources"):
+        source = _open_sources(sae, data)
+    else:
+        source = ShardSource(str(path), input=site.get("id"), target=target.get("id"))
+    pair = source.pairs[0]
+    if pair.widths(source) != (sae.d_in, sae.d_out):
+        raise DatasetError(
+            f"{path} holds activations {pair.widths(source)[0]} wide, this SAE reads {sae.d_in}; give its own dataset "
+            "with --data"
+        )
+    if split not in ("train", "validation"):
+        raise ConfigError(f"split {split!r}: expected 'validation' or 'train'")
+    if source.n_blocks(split) == 0:
+        raise DatasetError(
+            f"{path} has no {split} split; harvest with a validation_share above 0, or use --split train"
+        )
+    return str(path), source
+
+
+def _open_sources(sae: SAE, data: str | Path | None) -> ShardSource:
+    """The sites that an SAE reads side by side, where they were or, if all are of one dataset, in `data`.
+
+    Raises:
+        ConfigError: `data` for sites of several datasets, or sources in memory.
+    """
+    sides = [sae.meta["sources"], sae.meta.get("targets") or []]
+    folders = {part.get("dataset_path") for side in sides for part in side}
+    if None in folders:
+        raise ConfigError("this SAE was trained on several tensors in memory; there is no dataset to evaluate it on")
+    if data is not None and len(folders) > 1:
+        raise ConfigError(f"--data {data}: this SAE reads {len(folders)} datasets side by side; leave --data out")
+    names = [[f"{data or part['dataset_path']}#{part['site']['id']}" for part in side] for side in sides]
+    return ShardSource(None, input=names[0], target=names[1] or None)
+
+
+def open_effect(
+    sae: SAE, origin: Origin, root: str, source: ShardSource, split: str, *, budget: int, device: str
+) -> tuple[SplicedModel, HeldOutTexts]:
+    """Load the SAE's causal language model, and open the texts behind the activations.
+
+    Raises:
+        ConfigError: no such model, no causal one, no texts, or texts in another model's tokens.
+        DatasetError: damaged texts.
+    """
+    card = sae.meta["model"]
+    texts = open_texts(card, root, source.manifest, split, budget=budget)
+    return splice(load_judge(card, origin, device=device), origin, texts), texts
 
 
 def open_texts(

@@ -221,6 +221,14 @@ class FeatureStore:
         )
         return [self.latent(latent) for (latent,) in rows]
 
+    def labelled(self) -> list[tuple[int, str]]:
+        """Return the latents that have labels, best score first: for each label of each source its best one."""
+        rows = self._query("SELECT latent, source, label FROM labels ORDER BY score DESC, source, label, latent")
+        best: dict[tuple[str, str], int] = {}
+        for latent, source, label in rows:
+            best.setdefault((source, label), latent)
+        return [(latent, label) for (_, label), latent in best.items()]
+
     def column(self, name: str) -> np.ndarray:
         """Return a column of all latents, float64 (d_sae,).
 

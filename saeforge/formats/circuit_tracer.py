@@ -83,6 +83,8 @@ class CircuitTracer(SetFormat):
         """See `Format.read`; path is the file of one layer, `config.yaml` stands beside it."""
         if path.is_dir():
             names = sorted(file.name for file in path.glob("layer_*.safetensors"))
+            if not names:
+                raise CheckpointError(f"{path} holds no layer_K.safetensors; give the folder that has them, whole")
             raise CheckpointError(f"{path} holds the transcoders of {len(names)} layers; give one: {path}/{names[0]}")
         named = _FILE.fullmatch(path.name)
         if named is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import warnings
 import zipfile
@@ -20,6 +21,8 @@ from saeforge.errors import CheckpointError
 
 #: A configuration is a few kilobytes; what is larger is no configuration.
 LARGEST_JSON = 16 << 20
+#: An archive may unpack to so many times its size; up to `SMALL` bytes to anything.
+LARGEST_GROWTH, SMALL = 100, 1 << 28
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,7 +50,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     _of_a_configuration(path)
     try:
-        found = yaml.safe_load(path.read_bytes())
+        text = path.read_bytes()
+        # Ten lines of them stand for a billion values as soon as one is printed.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it has aliases")
+        found = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} is no plain YAML ({_line(error)}); fetch it again") from error
     if not isinstance(found, dict):
@@ -78,6 +85,7 @@ def read_torch(path: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or with anything else in it.
     """
     _there(path)
+    _check_size(path)
     try:
         with warnings.catch_warnings():  # about pickle protocols, before it refuses or reads the file
             warnings.simplefilter("ignore", UserWarning)
@@ -102,6 +110,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     import numpy as np
 
     _there(path)
+    _check_size(path)
     try:
         with path.open("rb") as opened:  # by us: numpy leaves it open where it is damaged
             file = np.load(opened, allow_pickle=False)
@@ -137,6 +146,11 @@ def take(
         if not isinstance(found[name], Tensor) or found[name].dtype not in FLOATS:
             kind = found[name].dtype if isinstance(found[name], Tensor) else type(found[name]).__name__
             raise CheckpointError(f"{path}: {name} is {kind}, expected a tensor of floats")
+        if not _is_whole(found[name]):
+            raise CheckpointError(
+                f"{path}: {name} is no plain tensor (sparse, without data, or a few values said to be many); save it "
+                "as a contiguous one"
+            )
     return {name: found[name] for name in names}
 
 
@@ -171,7 +185,36 @@ def number(path: Path, config: Mapping[str, Any], key: str, kind: type[int] | ty
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, (int,) if kind is int else (int, float)):
         raise CheckpointError(f"{path}: {key} is {value!r}, expected {'a whole number' if kind is int else 'a number'}")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        finite = False
+    if not finite:
+        raise CheckpointError(f"{path}: {key} is {str(value)[:20]}, expected a finite number")
     return kind(value)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether each of its values stands in the file: a stride of 0 would have a kilobyte fill the memory."""
+    plain = tensor.layout == torch.strided and tensor.device.type != "meta"
+    return plain and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def _check_size(path: Path) -> None:
+    """Refuses an archive that would grow a hundredfold: weights hardly compress.
+
+    Raises:
+        CheckpointError: it would.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = sum(part.file_size for part in archive.infolist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # no archive, or a damaged one: whoever reads it says so
+    if whole > LARGEST_GROWTH * path.stat().st_size and whole > SMALL:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size:,} bytes and unpacks to {whole:,}; no weights are like that"
+        )
 
 
 def _of_a_configuration(path: Path) -> None:

@@ -41,8 +41,7 @@ def fetch(location: str, formats: Sequence[Format]) -> Path:
         if not wanted:
             raise CheckpointError(_nothing(location, files, inside or ""))
         places = [Path(hf_hub_download(name, file, revision=revision)) for file in wanted]
-    # The second ones: what huggingface_hub is built on reports a lost connection by errors of its own.
-    except (OSError, *HfHubHTTPError.__bases__, HFValidationError, ValueError) as error:
+    except (*no_answer(), HFValidationError, ValueError) as error:
         # What the hub answers is so; where it does not answer, what was fetched before serves.
         answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
         snapshot = None if answered else _cached(name, revision)
@@ -60,6 +59,16 @@ def fetch(location: str, formats: Sequence[Format]) -> Path:
         return places[wanted.index(inside)]
     up = len(PurePosixPath(wanted[0]).relative_to(inside or ".").parts)
     return places[0].parents[up - 1]
+
+
+def no_answer() -> tuple[type[BaseException], ...]:
+    """What the hub raises where it does not answer, and what its answers that are errors derive from.
+
+    The package that huggingface_hub is built on (httpx, requests before version 1) has errors of its own for that.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, BaseException)))
 
 
 def _cached(name: str, revision: str | None) -> Path | None:

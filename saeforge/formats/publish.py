@@ -15,6 +15,7 @@ from typing import Any
 from saeforge import formats
 from saeforge.errors import CheckpointError, ConfigError, SaeforgeError
 from saeforge.formats.card import MARK, Shared, as_json, model_card, without_folders
+from saeforge.formats.hub import no_answer
 from saeforge.sae import META_FILE, WEIGHTS_FILE
 from saeforge.sae import load as load_own
 
@@ -231,8 +232,7 @@ def hub_errors(repo: str) -> Iterator[Any]:
         raise ConfigError(f"{repo}: needs the package huggingface_hub; pip install 'saeforge[hub]'") from error
     try:
         yield hub
-    # The second ones: what it is built on (httpx, requests before version 1) reports a lost connection by its own.
-    except (OSError, *HfHubHTTPError.__bases__, RuntimeError, ValueError) as error:
+    except (*no_answer(), RuntimeError, ValueError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         if isinstance(cause, HFValidationError):
             raise ConfigError(f"{repo}: {_line(cause)}") from error

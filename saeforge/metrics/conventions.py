@@ -40,6 +40,8 @@ FIRING = {
     "of three; documents and not tokens, which are not independent)",
     "log10_edges, latents": "histogram over latents of log10(share of tokens on which one fires); a bin has its left "
     "edge, the first also what is below, the last also 1; dead latents are in none",
+    "l0_edges, l0_tokens": "histogram over tokens of their L0; a bin has its left edge and not its right one; all bins "
+    "are of one whole width",
 }
 
 #: Of `WeightFigures`: each with mean, p5, p50, p95 (nearest rank) over latents.

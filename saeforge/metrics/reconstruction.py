@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from saeforge.ops import Group, SparseCode
+from saeforge.errors import ConfigError
+from saeforge.ops import Group, Shard, SparseCode
 
 #: Edges of the density histogram, log10 of the share of tokens on which a latent fires.
 DENSITY_EDGES = tuple(quarter / 4 for quarter in range(-28, 1))
+#: Most bins of the histogram of L0, which are whole numbers wide.
+L0_BINS = 60
 
 # Rows of a piece on a CPU, 1 MiB a copy in float64: 2,048 rows of 768 take 11 ms, in one piece 87 ms, most of it page
 # faults. On a GPU a piece costs launches, so there it is all rows at once.
@@ -62,6 +65,8 @@ class Firing:
     dead_bound: float | None
     log10_edges: tuple[float, ...]
     latents: tuple[int, ...]
+    l0_edges: tuple[int, ...]
+    l0_tokens: tuple[int, ...]
 
 
 class ReconstructionMetrics:
@@ -75,6 +80,12 @@ class ReconstructionMetrics:
             figures but for `ev_legacy`, whose ratios need a mean beforehand: without a pivot it is NaN.
         decoder_norms: (d_sae,) for `l1`, which is NaN without.
         device: where rows are.
+        shard: of ranks that share out the latents, this one's: codes and `decoder_norms` are those of its own latents,
+            rows and reconstructions the same on all of them. `update` then exchanges the L0 of each row (8 B bytes),
+            and `reduce` joins the rest.
+
+    Raises:
+        ConfigError: a shard of another number of latents.
     """
 
     def __init__(
@@ -85,7 +96,11 @@ class ReconstructionMetrics:
         pivot: Tensor | None = None,
         decoder_norms: Tensor | None = None,
         device: torch.device | str = "cpu",
+        shard: Shard | None = None,
     ) -> None:
+        if shard is not None and shard.d_sae != d_sae:
+            raise ConfigError(f"d_sae = {d_sae}, but the shard is one of {shard.d_sae} latents; give the number of all")
+        self.shard = shard
         self.pivot = torch.zeros(d, dtype=torch.float64, device=device)
         if pivot is not None:
             self.pivot.copy_(pivot)
@@ -99,7 +114,8 @@ class ReconstructionMetrics:
         # Over tokens: x - p and r, by dimension.
         self.vectors = torch.zeros(2, d, dtype=torch.float64, device=device)
         self.l0_histogram = torch.zeros(d_sae + 1, dtype=torch.int64, device=device)
-        self.counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        here = d_sae if shard is None else len(shard)
+        self.counts = torch.zeros(here, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, target: Tensor, reconstruction: Tensor, code: SparseCode) -> None:
@@ -113,7 +129,7 @@ class ReconstructionMetrics:
         if self.norms is not None:
             values, indices = code.values[: code.nnz], code.indices[: code.nnz]
             self.sums[9] += values.abs().double().dot(self.norms[indices])
-        l0 = code.l0()
+        l0 = code.l0() if self.shard is None else self.shard.group.sum(code.l0())
         self.l0_histogram.index_add_(0, l0, torch.ones_like(l0))
         self.counts += code.active_counts()
 
@@ -142,17 +158,25 @@ class ReconstructionMetrics:
         """Adds everything another accumulator has seen.
 
         Raises:
-            ValueError: another pivot; the sums would not belong together.
+            ValueError: another pivot, or other latents; the sums would not belong together.
         """
-        if not torch.equal(self.pivot, other.pivot):
-            raise ValueError("merge() needs two accumulators with the same pivot")
+        if not torch.equal(self.pivot, other.pivot) or self.counts.shape != other.counts.shape:
+            raise ValueError("merge() needs two accumulators with the same pivot and latents")
         self.sums += other.sums
         self.vectors += other.vectors
         self.l0_histogram += other.l0_histogram
         self.counts += other.counts
 
     def reduce(self, group: Group) -> None:
-        """Adds all ranks' sums; afterwards every rank holds the total."""
+        """Adds all ranks' sums; afterwards every rank holds the total, of all latents where they are shared out.
+
+        Args:
+            group: the ranks that saw other rows.
+        """
+        if self.shard is not None:
+            self.sums[9] = self.shard.group.sum(self.sums[9])
+            self.counts = self.shard.group.gather(self.counts).flatten()
+            self.shard = None
         self.sums = group.sum(self.sums)
         self.vectors = group.sum(self.vectors)
         self.l0_histogram = group.sum(self.l0_histogram)
@@ -162,8 +186,9 @@ class ReconstructionMetrics:
         """The metrics of everything seen so far.
 
         Raises:
-            ValueError: nothing was seen.
+            ValueError: nothing was seen, or a rank has seen its own latents only.
         """
+        self._check_whole()
         n, spread, error, square_hat, dot, cosine, ratio, legacy, raw, l1 = self.sums.tolist()
         if n == 0:
             raise ValueError("no rows were seen; update() first")
@@ -207,6 +232,10 @@ class ReconstructionMetrics:
             firing_share_10pct=_share(int(self.counts[dense[10]].sum()), firings),
         )
 
+    def _check_whole(self) -> None:
+        if self.shard is not None:
+            raise ValueError("reduce() first: the latents of the other ranks are not counted yet")
+
     def firing(self, documents: int | None = None) -> Firing:
         """How often latents fired.
 
@@ -214,15 +243,25 @@ class ReconstructionMetrics:
             documents: that the tokens came from, where that is known.
 
         Raises:
-            ValueError: nothing was seen.
+            ValueError: see `compute`.
         """
+        self._check_whole()
         n = int(self.sums[0])
         if n == 0:
             raise ValueError("no rows were seen; update() first")
         latents = density_histogram(self.counts, n)
         dead = self.d_sae - int(latents.sum())
         bound = min(1.0, 3 / documents) if documents else None
-        return Firing(n, documents, dead, bound, DENSITY_EDGES, tuple(latents.tolist()))
+        return Firing(n, documents, dead, bound, DENSITY_EDGES, tuple(latents.tolist()), *self._l0_bins())
+
+    def _l0_bins(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Edges and tokens of a histogram of L0, from the least to the greatest that occurs."""
+        counts = self.l0_histogram.cpu()
+        occurring = counts.nonzero().flatten()
+        low, high = int(occurring[0]), int(occurring[-1])
+        width = -(-(high - low + 1) // L0_BINS)
+        tokens = [int(part.sum()) for part in counts[low : high + 1].split(width)]
+        return tuple(low + width * i for i in range(len(tokens) + 1)), tuple(tokens)
 
 
 def density_histogram(counts: Tensor, tokens: int) -> Tensor:

@@ -18,11 +18,12 @@ from saeforge.ops import marks, native, screen, shadow, shards
 from saeforge.ops.code import SparseCode
 from saeforge.ops.dispatch import choose
 from saeforge.ops.native import pool
+from saeforge.ops.product import chunks, pre_activations
 from saeforge.ops.select import Selected, Selection
 
 #: Bytes of a chunk of pre-activations: stays in a last-level cache, and bounds memory. At least so many rows, below
 #: which a product gets slower, unless they take more than so many bytes.
-_CHUNK_BYTES, _CHUNK_ROWS, _CHUNK_MOST_BYTES = 1 << 23, 256, 1 << 28
+_CHUNK_BYTES, _CHUNK_ROWS, _CHUNK_MOST_BYTES = 1 << 24, 256, 1 << 28
 #: A GPU is kept busy by larger ones.
 _CUDA_CHUNK_BYTES = 1 << 30
 
@@ -159,13 +160,13 @@ def select_code(
 def _parts(x: Tensor, weight: Tensor, bias: Tensor | None, select: Selection, dtype: torch.dtype) -> list[Selected]:
     """What is selected in each chunk of rows."""
     if dtype == x.dtype and screen.applies(x, weight):
-        chunks = x.split(_chunk_rows(x, weight, torch.bfloat16))
-        found = [part for chunk in chunks if (part := select.screened(chunk, weight, bias)) is not None]
-        if len(found) == len(chunks):
+        parts = chunks(x, _chunk_rows(x, weight, torch.bfloat16))
+        found = [part for chunk in parts if (part := select.screened(chunk, weight, bias)) is not None]
+        if len(found) == len(parts):
             return found
     low, low_bias = _lowered(weight, dtype), None if bias is None else bias.to(dtype)
-    chunks = x.split(_chunk_rows(x, weight, dtype))
-    return [select.rows(F.linear(chunk.to(dtype), low, low_bias)) for chunk in chunks]
+    parts = chunks(x, _chunk_rows(x, weight, dtype))
+    return [select.rows(pre_activations(chunk.to(dtype), low, low_bias)) for chunk in parts]
 
 
 def _chunk_rows(x: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
@@ -232,7 +233,8 @@ class _Encode(torch.autograd.Function):
                 grad_bias.index_add_(0, ctx.latents, grad_pre.sum(0))
         if need_shift and grad_bias is not None:
             # d/d shift = -sum_b dx_b = -(sum_b dvalue_b) @ weight: one mat-vec instead of a gather pass [speed 1.3].
-            grad_shift = -(grad_bias @ weight)
+            fp32 = grad_bias.dtype == weight.dtype == torch.float32 and native.takes(grad_bias, weight)
+            grad_shift = -(native.row_sum(grad_bias, weight) if fp32 else grad_bias @ weight)
         if need_x:
             grad_x = choose(code, weight.dtype, grad, weight).gather_sum(code, grad, weight)
             if ctx.latents is not None:

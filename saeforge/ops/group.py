@@ -23,8 +23,8 @@ class Group:
         handle: torch.distributed's group; None is the default one, of all processes.
 
     Attributes:
-        sent: bytes that this rank has handed over, by kind of exchange: "sum", "minimum", "gather". Of b bytes a ring
-            of n ranks sends 2 b (n - 1) / n for a sum or a minimum, and b (n - 1) for a gather.
+        sent: bytes that this rank has handed over, by kind of exchange: "sum", "minimum", "gather", "copy". Of b bytes
+            a ring of n ranks sends 2 b (n - 1) / n for a sum or a minimum, b (n - 1) for a gather, b for a copy.
         entered: collectives that this process has entered, over all groups. Where a run stands still, the rank that the
             others wait for has entered fewer.
     """
@@ -73,6 +73,14 @@ class Group:
         self._count("gather", tensor)
         return self._all_gather(tensor)
 
+    def copy_(self, tensor: Tensor) -> Tensor:
+        """Makes a contiguous tensor of any type that of the first rank, in place, and returns it."""
+        if self.size > 1:
+            if self.rank == 0:
+                self._count("copy", tensor)
+            self._broadcast(tensor.detach().view(-1).view(torch.uint8))  # gloo does not know every type
+        return tensor
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
@@ -112,6 +120,10 @@ class Group:
         dist.all_gather(parts, tensor.contiguous(), group=self._handle)
         return torch.stack(parts)
 
+    def _broadcast(self, tensor: Tensor) -> None:
+        Group.entered += 1
+        dist.broadcast(tensor, group=self._handle, group_src=0)
+
 
 class _Mesh(Group):
     """Two groups that cross: what it exchanges goes over one and then over the other, and is counted there."""
@@ -127,6 +139,9 @@ class _Mesh(Group):
 
     def gather(self, tensor: Tensor) -> Tensor:
         return self.outer.gather(self.inner.gather(tensor)).flatten(0, 1)
+
+    def copy_(self, tensor: Tensor) -> Tensor:
+        return self.inner.copy_(self.outer.copy_(tensor))
 
     def barrier(self) -> None:
         self.inner.barrier()

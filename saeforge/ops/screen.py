@@ -14,14 +14,12 @@ plus the rounding of the result to bfloat16, which is relative to it (native/scr
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from saeforge.ops import native, shadow
+from saeforge.ops.product import fast_bf16, pre_activations
 
 #: Elements of a weight from which on it pays; a rule of the weight alone, so that a row's result does not depend on
 #: the rows beside it.
@@ -30,16 +28,6 @@ SMALLEST = 1 << 20
 _LONGEST = 4.0
 #: Share of candidates above which computing them one by one costs more than an fp32 product.
 _MANY = 1 / 10
-
-
-@functools.cache
-def fast_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
@@ -59,7 +47,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     assert made.residual is not None
     rounded = x.bfloat16()
     low = None if bias is None else bias.bfloat16()
-    pre = F.linear(rounded, made.rounded, low)
+    pre = pre_activations(rounded, made.rounded, low)
     lengths = rounded.float().norm(dim=1)
     lost = (x - rounded.float()).norm(dim=1)
     accumulation = 2 * (weight.shape[1] + 8) * 2.0**-24

@@ -220,7 +220,7 @@ def locate(model: Any, sae: SAE, site: Site | str | None) -> tuple[nn.Module, Si
         if site is None and not sae.meta.get("site"):
             raise ConfigError("this SAE does not say where in a model it belongs; give site=")
         name = _hook_name(sae.meta["site"] if site is None else site)
-        if name not in hooks:
+        if name is None or name not in hooks:
             raise ConfigError(f"site {site or name!r}: this {type(model).__name__} has no hook {name}")
         return hooks[name], Site(name, "out")
     if not isinstance(model, nn.Module):  # nnsight wraps one

@@ -16,7 +16,8 @@ from saeforge.data.plan import Plan
 from saeforge.data.source import BlockSource, Rows, ShardSource
 from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.harvest.config import HarvestConfig
-from saeforge.ops import Group
+from saeforge.training.shared_rows import SharedLoader
+from saeforge.training.strategy import mesh_of
 
 #: Steps of a run whose length was not given: at least this many, however small the dataset.
 MIN_DEFAULT_STEPS = 2000
@@ -193,16 +194,17 @@ class ActivationData(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of the whole run, from the restored position on."""
-        group = Group.world()
         assert self.trainer is not None
+        mesh = mesh_of(self.trainer)
         # With gradient accumulation a step takes several batches.
         total = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        self._loader = TrainLoader(
+        self._loader = SharedLoader(
             self.source,
             self.plan,
             total,
-            rank=group.rank,
-            world=group.size,
+            latents=mesh.latents,
+            rank=mesh.data.rank,
+            world=mesh.data.size,
             device=self.trainer.strategy.root_device,
             threads=self.threads,
             reuse=True,  # the trainer is done with a batch when it takes the next
@@ -223,7 +225,8 @@ class ActivationData(LightningDataModule):
         """Held-out rows; nothing if the dataset has no validation split."""
         if self.source.n_blocks("validation") == 0:
             return []
-        group = Group.world()
+        assert self.trainer is not None
+        group = mesh_of(self.trainer).data
         return ValidationLoader(
             self.source, self.batch_size // group.size, max_rows=self.validation_rows, rank=group.rank, world=group.size
         )

@@ -32,10 +32,7 @@ class WeightAverage(nn.Module):
 
     def __init__(self, variant: Variant | Skip, half_life_steps: float) -> None:
         super().__init__()
-        if not half_life_steps > 0:
-            raise ConfigError(
-                f"model.ema_half_life_steps = {half_life_steps}: expected a positive number of steps, or null"
-            )
+        check_half_life(half_life_steps)
         self._decay = 2.0 ** (-1.0 / half_life_steps)
         self._names = [name for name, _ in variant.named_parameters()]
         for number, parameter in enumerate(variant.parameters()):
@@ -68,3 +65,13 @@ class WeightAverage(nn.Module):
             parameter.copy_(shadow)
         other.constrain_()
         return other
+
+
+def check_half_life(steps: float) -> None:
+    """Refuses a half-life that is not positive.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not steps > 0:
+        raise ConfigError(f"model.ema_half_life_steps = {steps}: expected a positive number of steps, or null")

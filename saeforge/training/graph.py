@@ -66,6 +66,8 @@ class GraphedStep:
             return f"the step runs on {batch.x.device.type}"
         if run.group.size > 1:
             return f"{run.group.size} devices share the batch"
+        if self._variant.shard is not None:
+            return f"{self._variant.shard.group.size} devices share out the latents"
         if batch.weight is not None:
             return "rows have weights"
         if batch.target.requires_grad:

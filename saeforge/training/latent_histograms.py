@@ -8,7 +8,6 @@ from torch import Tensor
 
 from saeforge.metrics import DENSITY_EDGES, density_histogram
 from saeforge.ops import Group
-from saeforge.ops.shards import latents_over
 from saeforge.training.loggers import Histogram
 from saeforge.training.member import Member
 
@@ -25,15 +24,10 @@ def latent_histograms(member: Member, tokens: int) -> dict[str, Histogram]:
         member: in training; its `firing_counts` are read.
         tokens: over which they were counted.
     """
-    shard = member.variant.shard
-    group = Group() if shard is None else shard.group
-    counts = member.variant.firing_counts
+    group, counts = member.variant.latent_group, member.variant.firing_counts
     density = group.sum(density_histogram(counts, tokens).to(counts.device))
     found = {"latents/log10_density": Histogram(density.cpu().numpy(), np.array(DENSITY_EDGES))}
-    with latents_over(shard):
-        sae = member.fold()
-    if shard is not None and sae.d_sae == shard.d_sae:
-        group = Group()  # the fold has put them together
+    sae = member.fold()  # of a rank that holds some of the latents it is their part
     found["latents/decoder_norm"] = histogram(sae.W_dec.norm(dim=1), group)
     if sae.encoder is None:
         found["latents/encoder_norm"] = histogram(sae.W_enc.norm(dim=1), group)

@@ -5,6 +5,8 @@ A run trains one, or several from one stream of activations. It knows nothing of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +20,24 @@ from saeforge.data.moments import Statistics
 from saeforge.data.source import Pair, Rows
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
 from saeforge.metrics import Reconstruction, ReconstructionMetrics
+from saeforge.ops import Group, Shard, latents_over
 from saeforge.optim import RowAdam
 from saeforge.registry import VARIANTS
 from saeforge.sae import SAE
 from saeforge.schedules import Shape, rewarm, warmup_then_decay
-from saeforge.training.ema import WeightAverage
+from saeforge.training.ema import WeightAverage, check_half_life
 from saeforge.training.graph import GraphedStep
 from saeforge.training.init_from import check_offered, described, open_sae, warmup_steps
 from saeforge.training.readout import ReadOut
 from saeforge.training.skip import Skip
 from saeforge.training.target_l0 import TargetL0
 from saeforge.training.whitening import DEFAULT_SHRINKAGE, Kind, Whitening
-from saeforge.variants import DataStatistics, Resampled, RunSettings, Variant
+from saeforge.training.whole import whole
+from saeforge.variants import DataStatistics, OwnEncoder, Resampled, RunSettings, Variant, shard_
+from saeforge.variants.sharding import check_shard
+
+#: torch's optimizers that step each entry by itself, so that some rows of a weight step as all of them would.
+_BY_ENTRY = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop")
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,11 @@ class Member(nn.Module):
             raise ConfigError("model.whitening_shrinkage says nothing without model.whitening: set it to zca or pca")
         self.variant, self.settings, self.entry = variant, settings, entry
         self.target_l0 = None if settings.target_l0 is None else TargetL0(variant, settings.target_l0)
-        half_life = settings.ema_half_life_steps
-        self.average = None if half_life is None else WeightAverage(variant, half_life)
+        if settings.ema_half_life_steps is not None:
+            check_half_life(settings.ema_half_life_steps)
+        self.average: WeightAverage | None = None  # made by `prepare`, of the latents that this rank has
         self.skip = Skip(variant.d_in, variant.d_out) if settings.skip else None
-        self.skip_average = None if half_life is None or self.skip is None else WeightAverage(self.skip, half_life)
+        self.skip_average: WeightAverage | None = None
         shrinkage = DEFAULT_SHRINKAGE if settings.whitening_shrinkage is None else settings.whitening_shrinkage
         self.whitening = None if settings.whitening is None else Whitening(variant, settings.whitening, shrinkage)
         self._graphed = GraphedStep(variant) if settings.cuda_graph else None
@@ -126,6 +135,61 @@ class Member(nn.Module):
                 "(a transcoder), or leave skip out"
             )
 
+    def check_shared_out(self, ranks: int) -> None:
+        """Whether so many ranks can share out its latents.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        if ranks == 1:
+            return
+        variant, optimizer = self.variant, self.settings.optimizer
+        check_shard(variant, Shard.of(variant.d_sae, Group(ranks)))
+        if isinstance(variant, OwnEncoder):
+            raise ConfigError(
+                f"{type(variant).__name__} encodes by itself, so its parts on several ranks make no SAE; let devices "
+                "share the rows instead (trainer.strategy: ddp)"
+            )
+        if optimizer is not None:
+            made = type(optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}]))
+            if made.__module__.split(".")[0] != "torch" or made.__name__ not in _BY_ENTRY:
+                raise ConfigError(
+                    f"model.optimizer {made.__name__} may look at whole weights, of which each rank has some rows; "
+                    f"leave it out, use one of {', '.join(_BY_ENTRY)}, or let devices share the rows instead"
+                )
+
+    def share_out(self, latents: Group, device: torch.device) -> None:
+        """Keeps the latents of this rank, on the device that the group exchanges tensors of; before `prepare`.
+
+        Raises:
+            ConfigError: see `check_shared_out`.
+        """
+        self.check_shared_out(latents.size)
+        if latents.size > 1:
+            shard_(self.variant, Shard.of(self.variant.d_sae, latents))
+            self.variant.to(device)
+            if self.skip is not None:
+                self.skip.to(device)
+
+    def latents(self) -> AbstractContextManager[None]:
+        """Where the variant works: among the ranks that share out its latents, if there are some."""
+        return latents_over(self.variant.shard)
+
+    def cut(self) -> frozenset[str]:
+        """Names of the parameters and buffers with one entry for each latent that this rank has."""
+        names = {f"variant.{name}" for name in self.variant.latent_names}
+        if self.average is not None:
+            shadowed = enumerate(name for name, _ in self.variant.named_parameters())
+            names |= {f"average.shadow_{number}" for number, name in shadowed if name in self.variant.latent_names}
+        return frozenset(names)
+
+    def cut_parameters(self) -> list[tuple[int, Tensor]]:
+        """Those of them that the optimizer steps, with their number in its state."""
+        cut = self.cut()
+        parameters = {id(tensor) for name, tensor in self.named_parameters() if name in cut}
+        stepped = enumerate(tensor for group in self.param_groups() for tensor in group["params"])
+        return [(number, tensor) for number, tensor in stepped if id(tensor) in parameters]
+
     def prepare(self, pair: Pair, statistics: tuple[Statistics, ...], run: RunSettings) -> None:
         """Binds the SAE to its data and to the run.
 
@@ -148,6 +212,10 @@ class Member(nn.Module):
             Statistics.beside(of_input), Statistics.beside(of_target), of_input, of_target
         )
         self.total_variance = sum(self._statistics.target.variance)
+        half_life = self.settings.ema_half_life_steps
+        if half_life is not None and self.average is None:
+            self.average = WeightAverage(self.variant, half_life)
+            self.skip_average = None if self.skip is None else WeightAverage(self.skip, half_life)
         self.variant.bind(run)
         self._schedules = self.variant.schedules(run.total_steps)
         if self.target_l0 is not None:
@@ -172,22 +240,56 @@ class Member(nn.Module):
             self.total_variance = sum(statistics.target.variance)
         if self.skip is not None:
             self.skip.center(statistics.input)
-        self.variant.initialise(statistics, x, target, generator)
-        if self.settings.init_from is not None:
-            sae = open_sae(self.settings.init_from, self.name, self.pair.name)
-            sae = sae if self.whitening is None else self.whitening.unfold(sae)
-            sae = sae if self.skip is None else self.skip.unfold_(sae, self.variant)
-            self.variant.unfold_(sae)  # type: ignore[operator]
+        if self.variant.shard is not None:  # what its ranks exchange on the way lies on their device
+            same, x = target is x, x.to(self.variant.scale.device)
+            target = x if same else target.to(x.device)
+        with self.latents():
+            self.variant.initialise(statistics, x, target, generator)
+            if self.settings.init_from is not None:
+                sae = open_sae(self.settings.init_from, self.name, self.pair.name)
+                sae = sae if self.whitening is None else self.whitening.unfold(sae)
+                sae = sae if self.skip is None else self.skip.unfold_(sae, self.variant)
+                self.variant.unfold_(sae)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Gives the ranks that share out the latents one state of what they all hold: biases, scales, a skip path.
+
+        They compute the same from the same rows; but a processor of another kind, or a language model that runs on each
+        of them, may differ in the last bit, and nothing would bring them together again.
+        """
+        for tensor in self._in_common():
+            self.variant.latent_group.copy_(tensor)
+
+    def agree_on_gradients(self) -> None:
+        """The same for gradients that each column of a mesh has averaged by itself, maybe in another order of ranks."""
+        if self.variant.shard is None or self._run.group.size == 1:
+            return
+        for tensor in self._in_common():
+            if tensor.grad is not None:
+                self.variant.latent_group.copy_(tensor.grad)
+
+    def _in_common(self) -> Iterator[Tensor]:
+        """What is not cut, if latents are shared out."""
+        if self.variant.shard is not None:
+            cut = self.cut()
+            for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+                if name not in cut:
+                    yield tensor
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the variant, and the skip path's."""
+        groups = self.variant.param_groups()
+        return groups if self.skip is None else [*groups, {"params": [self.skip.W_skip], "constraint": None}]
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """RowAdam after the variant's recipe, or the optimizer that was asked for."""
-        groups = self.variant.param_groups()
-        if self.skip is not None:
-            groups = [*groups, {"params": [self.skip.W_skip], "constraint": None}]
         if self.settings.optimizer is None:
-            self.optimizer = RowAdam(groups, **self.optimizer_settings())
+            self.optimizer = RowAdam(self.param_groups(), **self.optimizer_settings())
+            cut = [tensor for name, tensor in self.variant.named_parameters() if name in self.variant.latent_names]
+            self.optimizer.share_out(cut, self.variant.latent_group)
         else:
-            self.optimizer = self.settings.optimizer(groups)
+            self.optimizer = self.settings.optimizer(self.param_groups())
         self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         return self.optimizer
 
@@ -228,12 +330,13 @@ class Member(nn.Module):
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * values["lr_factor"]
         batch = self.batch(rows)
-        out = (self._graphed or self.variant.step)(batch, self.steered(values))
-        loss = torch.stack([term.float() for term in out.terms.values()]).sum()
-        counts = self.variant.observe(out.code)
-        if self.target_l0 is not None:
-            self.target_l0.observe(counts, out.code.n_rows * self._run.group.size)
-        self.readout.add(loss, out)
+        with self.latents():
+            out = (self._graphed or self.variant.step)(batch, self.steered(values))
+            loss = torch.stack([term.float() for term in out.terms.values()]).sum()
+            counts = self.variant.observe(out.code)
+            if self.target_l0 is not None:
+                self.target_l0.observe(counts, out.code.n_rows * self._run.group.size)
+            self.readout.add(loss, out)
         return loss
 
     def batch(self, rows: Rows) -> Batch:
@@ -259,28 +362,34 @@ class Member(nn.Module):
             self.variant.constrain_()
         if self.target_l0 is not None:
             values = self.schedule_values(step)
-            self.target_l0.update(values[self.target_l0.schedule], values["lr_factor"])
+            self.target_l0.update(values[self.target_l0.schedule], values["lr_factor"], self.variant.latent_group)
         if self.average is not None:
             self.average.update(self.variant, step)
         if self.skip is not None and self.skip_average is not None:
             self.skip_average.update(self.skip, step)
 
     def fold(self) -> SAE:
-        """The plain SAE on raw activations as it is now: of the averaged weights, if there are some."""
-        sae = (self.variant if self.average is None else self.average.averaged(self.variant)).fold()
-        if self.skip is not None:
-            skip = self.skip if self.skip_average is None else self.skip_average.averaged(self.skip)
-            sae = skip.fold_into(sae, self.variant)
-        return sae if self.whitening is None else self.whitening.fold(sae)
+        """The plain SAE on raw activations as it is now: of the averaged weights, if there are some.
+
+        Of a rank that holds some of the latents it is their part, which works inside `latents()`.
+        """
+        with self.latents():
+            sae = (self.variant if self.average is None else self.average.averaged(self.variant)).fold()
+            if self.skip is not None:
+                skip = self.skip if self.skip_average is None else self.skip_average.averaged(self.skip)
+                sae = skip.fold_into(sae, self.variant)
+            return sae if self.whitening is None else self.whitening.fold(sae)
 
     # Validation: the folded SAE on held-out documents, exactly what a user of the SAE will get ---------------------
 
     def start_validation(self) -> None:
-        """Folds the variant."""
-        sae = self.fold()
+        """Folds the variant, or the latents of it that this rank has."""
+        sae, shard = self.fold(), self.variant.shard
         mean = torch.tensor(self._statistics.target.mean)
         norms = sae.W_dec.norm(dim=1)
-        metrics = ReconstructionMetrics(sae.d_out, sae.d_sae, pivot=mean, decoder_norms=norms, device=sae.device)
+        metrics = ReconstructionMetrics(
+            sae.d_out, self.variant.d_sae, pivot=mean, decoder_norms=norms, device=sae.device, shard=shard
+        )
         self._validation = sae, metrics
 
     def validate(self, rows: Rows) -> None:
@@ -289,8 +398,9 @@ class Member(nn.Module):
         sae, metrics = self._validation
         batch = self.pair.batch(rows)
         x = batch.x.float()
-        code = sae.encode(x)
-        metrics.update(batch.target.float(), sae.decode(code, x), code)
+        with self.latents():
+            code = sae.encode(x)
+            metrics.update(batch.target.float(), sae.decode(code, x), code)
 
     def validation_result(self) -> Reconstruction:
         """Metrics over all ranks; every rank must call it."""
@@ -342,10 +452,20 @@ class Member(nn.Module):
         }
         return {name: value for name, value in values.items() if value is not None}
 
-    def folded(self, steps: int, tokens: int, precision: str) -> SAE:
-        """The plain SAE as it is now, with its origin: data, variant and its distribution, training."""
+    def folded(self, steps: int, tokens: int, precision: str, device: torch.device, *, kept: bool = True) -> SAE | None:
+        """The plain SAE as it is now, with its origin: data, variant and its distribution, training.
+
+        Args:
+            steps: trained. tokens: trained on. precision: of the run.
+            device: of the run.
+            kept: where ranks share out the latents all must call it, and put the SAE together for those that keep it.
+        """
         record = VARIANTS.name_of(type(self.variant))
-        sae = self.fold()
+        sae: SAE | None = self.fold()
+        if sae is not None and self.variant.shard is not None:
+            sae = whole(sae, self.variant.shard, device, kept=kept)
+        if sae is None:
+            return None
         sae.meta = {
             **self.pair.identity,
             "variant": {

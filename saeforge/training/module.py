@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from saeforge.data.source import BlockSource, Pair, Rows
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.metrics import Reconstruction
-from saeforge.ops import Group
 from saeforge.sae import SAE
 from saeforge.schedules import Shape
 from saeforge.training.data import ActivationData, run_seed
 from saeforge.training.member import Member, Settings, check_identity, join_names
+from saeforge.training.parts import PARTS, Place, own_rows, put_in, take_out
+from saeforge.training.strategy import mesh_of
 from saeforge.training.sweep import Entry, entries
 from saeforge.training.whitening import Kind
 from saeforge.variants import RunSettings, Variant
@@ -144,6 +146,18 @@ class SAEModule(LightningModule):
         for member, pair in self._with_pairs(source):
             member.check(pair)
 
+    def check_shared_out(self, ranks: int) -> None:
+        """Whether so many ranks can share out the latents of each SAE; before further processes start.
+
+        Raises:
+            ConfigError: see `Member.check_shared_out`; of a sweep, naming its entry.
+        """
+        for member in self.members:
+            try:
+                member.check_shared_out(ranks)
+            except ConfigError as error:
+                raise ConfigError(f"model.sweep.{member.entry}: {error}" if member.entry else str(error)) from error
+
     def _with_pairs(self, source: BlockSource) -> Iterator[tuple[Member, Pair]]:
         pairs = [pair for pair in source.pairs for _ in self._entries]
         return zip(self.members, pairs, strict=True)
@@ -168,16 +182,22 @@ class SAEModule(LightningModule):
         precision = str(self.trainer.precision)
         if precision not in _COMPUTE_DTYPE:
             raise ConfigError(f"trainer.precision = {precision}: expected 32-true or bf16-mixed")
-        data, total = self.data, self.trainer.max_steps
+        data, total, mesh = self.data, self.trainer.max_steps, mesh_of(self.trainer)
         rows = data.source.sample(INITIAL_ROWS) if stage == "fit" else ()
         for member, pair in self._with_pairs(data.source):
             dead_after = member.settings.dead_after_tokens
             if dead_after is None:
                 dead_after = min(10_000_000, total * data.rows_per_step // 20)
-            run = RunSettings(total, dead_after, _COMPUTE_DTYPE[precision], Group.world())
+            run = RunSettings(total, dead_after, _COMPUTE_DTYPE[precision], mesh.data)
+            member.share_out(mesh.latents, self.trainer.strategy.root_device)
             member.prepare(pair, data.source.statistics, run)
             if stage == "fit":
                 member.initialise(rows)
+
+    def on_fit_start(self) -> None:
+        """All is on its device, a checkpoint was read: ranks that share out latents start from the same."""
+        for member in self.members:
+            member.agree()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """That of the SAE, or all of them in one."""
@@ -192,6 +212,11 @@ class SAEModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             losses = [member.step(rows, self.global_step) for member in self.members]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Ranks that share out latents step what they all hold by the same gradients."""
+        for member in self.members:
+            member.agree_on_gradients()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step and what follows it; callbacks, the one that saves among them, come after."""
@@ -217,10 +242,21 @@ class SAEModule(LightningModule):
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
-    def folded(self) -> list[SAE]:
-        """The plain SAEs as they are now, with their origin."""
-        steps, precision = self.global_step, str(self.trainer.precision)
-        return [member.folded(steps, steps * self.data.rows_per_step, precision) for member in self.members]
+    @property
+    def shared_out(self) -> bool:
+        """Whether this rank holds some of the latents only."""
+        return any(member.variant.shard is not None for member in self.members)
+
+    def folded(self, *, kept: bool = True) -> list[SAE]:
+        """The plain SAEs as they are now, with their origin.
+
+        Args:
+            kept: where ranks share out latents all must call it; those that do not keep the SAEs get none.
+        """
+        steps, device = self.global_step, self.trainer.strategy.root_device
+        origin = (steps, steps * self.data.rows_per_step, str(self.trainer.precision), device)
+        saes = [member.folded(*origin, kept=kept) for member in self.members]
+        return [sae for sae in saes if sae is not None]
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it, as plain values."""
@@ -231,8 +267,26 @@ class SAEModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the identity."""
+        """Adds the identity; what has latents, if ranks share them out, is for the strategy to write."""
         checkpoint["saeforge"] = self.identity()
+        if self.shared_out:
+            checkpoint[PARTS] = take_out(checkpoint, self._places_of_latents(checkpoint))
+
+    def _places_of_latents(self, checkpoint: dict[str, Any]) -> list[Place]:
+        """Where the tensors of a checkpoint are that have a row for each latent."""
+        found: list[Place] = []
+        for number, member in enumerate(self.members):
+            names = [f"_members.{number}.{name}" for name in sorted(member.cut())]
+            found += [("state_dict", name) for name in names if name in checkpoint["state_dict"]]
+            for at, state in enumerate(checkpoint.get("optimizer_states", ())):
+                place: Place = ("optimizer_states", at)
+                if "parts" in state:
+                    state, place = state["parts"][number], (*place, "parts", number)
+                for index, parameter in member.cut_parameters():
+                    for key, value in state["state"].get(index, {}).items():
+                        if isinstance(value, Tensor) and value.ndim and value.shape[1:] == parameter.shape[1:]:
+                            found.append((*place, "state", index, key))
+        return found
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another variant or configuration: neither side silently wins.
@@ -261,6 +315,11 @@ class SAEModule(LightningModule):
                 f"the checkpoint was trained with other settings (accumulate_grad_batches: {before} -> {now}); "
                 "resume with the same ones, or start a new --run"
             )
+        mesh, folder = mesh_of(self.trainer), checkpoint.pop(PARTS, None)
+        if folder is not None:
+            put_in(checkpoint, Path(folder), mesh)
+        elif self.shared_out:
+            own_rows(checkpoint, self._places_of_latents(checkpoint), mesh.latents)
         if self.state_dict().keys() - checkpoint["state_dict"].keys():
             raise CheckpointError(earlier)
 

@@ -38,16 +38,24 @@ class ReadOut:
         else:
             self._sums += packed
 
-    def read(self, group: Group) -> dict[str, float]:
+    def read(self, group: Group, latents: Group | None = None) -> dict[str, float]:
         """Means per step (loss, terms) and sums (counters, rows, active) over all ranks since the last reading.
 
         Every rank must call it.
+
+        Args:
+            group: the ranks that share a batch.
+            latents: those that share out the latents, if some do: each has added its own active ones, and the same of
+                everything else.
 
         Raises:
             SaeforgeError: a loss that is not finite.
         """
         if self._sums is None:
             return {}
+        if latents is not None and latents.size > 1:
+            active = self._names.index("active")
+            self._sums[active] = latents.sum(self._sums[active])
         values = dict(zip(self._names, group.sum(self._sums).tolist(), strict=True))
         self._sums = None
         steps = values.pop("steps")

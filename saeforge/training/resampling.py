@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saeforge.data.batch import Batch
 from saeforge.data.source import BlockSource, Pair
+from saeforge.ops import latents_over
 from saeforge.sae import SAE
 from saeforge.training.data import ActivationData
 from saeforge.training.member import Member
@@ -27,7 +28,10 @@ ROWS = 819_200  # over which the loss is measured
 
 
 class Resampling(Callback):
-    """Resamples after the steps that `Member.resample_steps` names. All ranks compute the same rows."""
+    """Resamples after the steps that `Member.resample_steps` names.
+
+    All ranks draw the same rows; where they share out the latents, each takes those of its own.
+    """
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Once at each of the steps."""
@@ -45,17 +49,22 @@ class Resampling(Callback):
         assert member.optimizer is not None
         window = min(SILENT_STEPS, step) * data.rows_per_step
         dead = (variant.tokens_since_fired >= window).nonzero(as_tuple=True)[0]
-        rank_zero_info(f"step {step:,}: resampling {dead.numel():,} of {variant.d_sae:,} latents")
-        if dead.numel() == 0:
-            return
-        generator = torch.Generator().manual_seed(step)
-        rows = draw_by_loss(member.fold(), data.source, member.pair, dead.numel(), generator)
-        dead = dead[: len(rows.x)]  # a tiny dataset may have fewer rows than latents are dead
-        x = rows.x.to(dead.device)
-        batch = Batch(x, x if member.pair.targets == member.pair.inputs else rows.target.to(dead.device))
-        with torch.no_grad():
-            x, target = variant.scaled(member.seen(batch))
-        changed = variant.reset_latents_(dead, x, target)
+        with latents_over(variant.shard):
+            by_rank = variant.latent_group.gather(torch.tensor([len(dead)], device=dead.device)).flatten().tolist()
+            rank_zero_info(f"step {step:,}: resampling {sum(by_rank):,} of {variant.d_sae:,} latents")
+            if sum(by_rank) == 0:
+                return
+            generator = torch.Generator().manual_seed(step)
+            rows = draw_by_loss(member.fold(), data.source, member.pair, sum(by_rank), generator)
+            # One row for each dead latent of all ranks, in the order of latents. A tiny dataset may have fewer rows.
+            own = slice(before := sum(by_rank[: variant.latent_group.rank]), before + len(dead))
+            x = rows.x[own].to(dead.device)
+            dead = dead[: len(x)]
+            batch = Batch(x, x if member.pair.targets == member.pair.inputs else rows.target[own].to(dead.device))
+            with torch.no_grad():
+                x, target = variant.scaled(member.seen(batch))
+            # On every rank, also one without dead latents: lengths are means over all of them.
+            changed = variant.reset_latents_(dead, x, target)
         if member.average is not None:
             member.average.forget_(variant, changed, dead)
         for parameter in changed:
@@ -70,7 +79,8 @@ def draw_by_loss(sae: SAE, source: BlockSource, pair: Pair, n: int, generator: t
     """n training rows without replacement, with probability proportional to their squared loss.
 
     One pass over up to `ROWS` rows in bounded memory: the n largest log-weights plus Gumbel noise are such a draw
-    (Efraimidis and Spirakis 2006).
+    (Efraimidis and Spirakis 2006). Where ranks share out the latents, all must call it, inside `ops.latents_over`, with
+    their parts of the SAE; they draw the same rows.
     """
     kept_keys = torch.empty(0, dtype=torch.float64)
     kept_x, kept_target = torch.empty(0, sae.d_in), torch.empty(0, sae.d_out)

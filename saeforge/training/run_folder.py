@@ -20,6 +20,7 @@ from saeforge.errors import CheckpointError, ConfigError, SaeforgeError
 from saeforge.features.store import STORE_FILE, progress_file
 from saeforge.ops import Group
 from saeforge.training.module import SAEModule
+from saeforge.training.parts import PARTS, remove_others
 
 CHECKPOINTS_PER_RUN = 10
 CHECKPOINT_SECONDS = 1800.0
@@ -83,10 +84,23 @@ def clear(run: Path) -> None:
             shutil.rmtree(folder / "sae")
         for path in (folder / "evaluation.json", folder / "concepts.json", folder / STORE_FILE, progress_file(folder)):
             path.unlink(missing_ok=True)
+        (folder / "report.html").unlink(missing_ok=True)
+    for path in run.glob("*/version_*/metrics.csv"):  # this run's own is not there yet
+        path.unlink()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Temporary name, fsync, rename, fsync of the folder: a killed process leaves the previous checkpoint whole."""
+    """Temporary name, fsync, rename, fsync of the folder: a killed process leaves the previous checkpoint whole.
+
+    What ranks wrote beside it (`parts`) is there before, and what they wrote for the previous one goes after.
+
+    Args:
+        mapped: leave what is read on the disk until it is looked at, for ranks that take a few rows of it.
+    """
+
+    def __init__(self, *, mapped: bool = False) -> None:
+        super().__init__()
+        self.mapped = mapped
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes one checkpoint.
@@ -108,6 +122,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(folder)
             finally:
                 os.close(folder)
+            remove_others(path, checkpoint.get(PARTS))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise CheckpointError(
                 f"could not write the checkpoint {path}: {error}; free space and resume with --ckpt_path last"
@@ -124,12 +139,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: damaged, or not a checkpoint.
         """
         try:
-            return torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(str(path), map_location=map_location, weights_only=True, mmap=self.mapped)
+            if isinstance(checkpoint, dict) and PARTS in checkpoint:
+                checkpoint[PARTS] = str(Path(path).parent / checkpoint[PARTS])
+            return checkpoint
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, io.UnsupportedOperation) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"the checkpoint {path} cannot be read ({reason}); give another one") from error
         except Exception as error:  # pickle raises its own, undocumented set of types
             raise CheckpointError(f"{path} is not a checkpoint of plain tensors ({type(error).__name__})") from error
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes one, with what ranks wrote beside it."""
+        super().remove_checkpoint(path)
+        remove_others(Path(path), None)
 
 
 class RunFolder(Callback):
@@ -142,7 +165,7 @@ class RunFolder(Callback):
         self.run, self.checkpoints = run, checkpoints
         self.stopped_by: str | None = None
         self._previous: dict[int, Any] = {}
-        self._stopped_at = 0.0
+        self._stopped_at, self._ended = 0.0, False
         self._saved_step, self._saved_at = -1, time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,7 +185,9 @@ class RunFolder(Callback):
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.stopped_by is None:
-            self.stopped_by, self._stopped_at = signal.Signals(number).name, now
+            self._stopped_at = now
+            if not self._ended:  # else too late to stop anything, and other ranks may not have heard of it
+                self.stopped_by = signal.Signals(number).name
         elif number == signal.SIGINT and now - self._stopped_at > MEANT_SECONDS:
             raise KeyboardInterrupt
 
@@ -194,7 +219,8 @@ class RunFolder(Callback):
 
     def _save(self, trainer: Trainer, pl_module: SAEModule) -> None:
         # The loss is read every log_every_n_steps only: a run that broke since must not replace its last good state.
-        if not all(bool(torch.isfinite(weight).all()) for weight in pl_module.parameters()):
+        broken = not all(bool(torch.isfinite(weight).all()) for weight in pl_module.parameters())
+        if Group.world().agree(broken, pl_module.device):  # a rank may hold latents that the others do not
             raise SaeforgeError(
                 f"the weights are not finite at step {trainer.global_step}; lower model.lr, or check the activations; "
                 "the last checkpoint is intact"
@@ -206,6 +232,7 @@ class RunFolder(Callback):
         """Saves the state after the last step."""
         assert isinstance(pl_module, SAEModule)
         self._agree_to_stop(pl_module)
+        self._ended = True
         if self.checkpoints and self._saved_step != trainer.global_step:
             self._save(trainer, pl_module)
 
@@ -214,8 +241,9 @@ class RunFolder(Callback):
         assert isinstance(pl_module, SAEModule)
         if trainer.global_step >= trainer.max_steps:
             self.stopped_by = None  # a signal at the last step came too late to stop anything
-        if trainer.is_global_zero and self.stopped_by is None:
-            for member, sae in zip(pl_module.members, pl_module.folded(), strict=True):
+        if self.stopped_by is None and (trainer.is_global_zero or pl_module.shared_out):
+            saes = pl_module.folded(kept=trainer.is_global_zero)
+            for member, sae in zip(pl_module.members, saes, strict=trainer.is_global_zero):
                 (self.run / member.name).mkdir(exist_ok=True)
                 sae.save(self.run / member.name / "sae")
 

@@ -29,7 +29,7 @@ Differences = Mapping[str, Any] | None
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: What else lies in a RUN folder.
-_TAKEN = {"sae", "checkpoints", "csv", "wandb", "data", "config.yaml"}
+_TAKEN = {"sae", "checkpoints", "csv", "wandb", "data", "config.yaml", "report.html"}
 _SETTINGS = {field.name for field in fields(Settings)}
 _SHORT = {"d_sae": "d"}  # k32-d4096
 

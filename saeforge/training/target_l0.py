@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from saeforge.errors import ConfigError
+from saeforge.ops import Group
 from saeforge.variants import Variant
 
 PROPORTIONAL = 1.0
@@ -94,19 +95,22 @@ class TargetL0(nn.Module):
         return (value * multiplier).float()
 
     def observe(self, counts: Tensor, rows: int) -> None:
-        """Adds a batch: in how many rows each latent was active (d_sae,), of so many, over all ranks."""
+        """Adds a batch: in how many rows each latent was active (d_sae,), of so many, over all ranks that share it."""
         self._active += counts.sum()
         self._rows += rows
 
     @torch.no_grad()
-    def update(self, value: float, lr_factor: float) -> None:
+    def update(self, value: float, lr_factor: float, latents: Group | None = None) -> None:
         """One step of the loop, after the optimizer's.
 
         Args:
             value: of the schedule at this step, before scaling.
             lr_factor: multiplier of the learning rate at this step.
+            latents: the ranks that share out the latents, if some do: each has observed its own.
         """
-        l0 = self._active / self._rows
+        # Sums of counts, exact in float64: all ranks, and one device, steer alike to the bit.
+        active = self._active if latents is None else latents.sum(self._active)
+        l0 = active / self._rows
         error = (l0 / self.target).log().clamp(-LARGEST_ERROR, LARGEST_ERROR)  # an L0 of 0 is -inf
         self.smoothed += (error - self.smoothed) / SMOOTH_STEPS
         rate = INTEGRAL / self._total_steps * min(1.0, lr_factor) * value / self._peak

@@ -53,7 +53,7 @@ class Telemetry(Callback):
         begin = time.perf_counter()
         values: dict[str, Value] = {}
         for member in pl_module.members:
-            read = member.readout.read(member.variant.run.group)
+            read = member.readout.read(member.variant.run.group, member.variant.latent_group)
             if read:
                 values |= _named(member, _figures(member, read, step))
         if not values:
@@ -126,7 +126,7 @@ def _figures(member: Member, values: dict[str, float], step: int) -> dict[str, f
     figures |= {
         "train/l0": values["active"] / rows,
         "train/fvu": values["counter/squared_error"] / (rows * member.total_variance or math.nan),
-        "train/dead": float(member.variant.dead().sum()),
+        "train/dead": float(member.variant.latent_group.sum(member.variant.dead().sum())),
         "schedule/lr": member.optimizer.param_groups[0]["lr"],
     }
     scheduled = {name: float(v) for name, v in member.steered(member.schedule_values(max(0, step - 1))).items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import inspect
 import logging
 import sys
 import warnings
@@ -18,7 +17,6 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch.nn.parallel import DistributedDataParallel
 
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.ops.native import pool
@@ -28,17 +26,14 @@ from saeforge.training.module import SAEModule
 from saeforge.training.outputs import RunOutputs
 from saeforge.training.resampling import Resampling
 from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint, make_folder
+from saeforge.training.strategy import DDP_OPTIONS, LatentParallel
 from saeforge.training.telemetry import Telemetry
 from saeforge.training.validation import Validation
 from saeforge.training.wandb_log import remembered, resume_into
 from saeforge.training.wandb_runs import WandbRuns
 from saeforge.training.watchdog import Watchdog
 
-# torch 2.13 renames the option that keeps ranks from sending each other equal buffers in every forward.
-_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
-
-_STRATEGIES = (None, "auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
+_STRATEGIES = (None, "auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "latent_parallel")
 
 #: Seconds that a run may stand still (Lightning's own default for a collective), and that its processes take to meet.
 RANK_TIMEOUT, MEETING_SECONDS = 1800.0, 300.0
@@ -57,14 +52,16 @@ class SAETrainer(Trainer):
     Args:
         rank_timeout: seconds that a run of several ranks may stand still before it ends with a line that names the one
             behind; one that is dead or stopped is found within a minute, or this time if it is less.
-        kwargs: Lightning's.
+        latents: with strategy latent_parallel, how many devices share out the latents of an SAE, a divisor of all of
+            them; what is left of the devices shares rows, as ddp does. Null: all of them share out latents.
+        kwargs: Lightning's. `strategy` is auto, ddp or latent_parallel (docs/scaling.md).
 
     Raises:
-        ConfigError: `gradient_clip_val` (the optimizer clips: `model.max_grad_norm`), or another precision than
-            32-true and bf16-mixed.
+        ConfigError: `latents` without that strategy, `gradient_clip_val` (the optimizer clips: `model.max_grad_norm`),
+            or another precision than 32-true and bf16-mixed.
     """
 
-    def __init__(self, rank_timeout: float = RANK_TIMEOUT, **kwargs: Any) -> None:
+    def __init__(self, rank_timeout: float = RANK_TIMEOUT, latents: int | None = None, **kwargs: Any) -> None:
         quieten()
         if rank_timeout <= 0:
             raise ConfigError(f"trainer.rank_timeout = {rank_timeout}: expected a positive number of seconds")
@@ -96,13 +93,21 @@ class SAETrainer(Trainer):
         strategy, patience = kwargs.get("strategy"), timedelta(seconds=max(rank_timeout, MEETING_SECONDS))
         if not (strategy in _STRATEGIES or isinstance(strategy, DDPStrategy | SingleDeviceStrategy)):
             raise ConfigError(
-                f"trainer.strategy = {strategy}: expected auto or ddp (sharded parameters would break the norm "
-                "constraint of decoder rows)"
+                f"trainer.strategy = {strategy}: expected auto, ddp or latent_parallel (parameters sharded otherwise "
+                "would break the norm constraint of decoder rows)"
+            )
+        if latents is not None and strategy != "latent_parallel":
+            raise ConfigError(
+                f"trainer.latents = {latents} is for trainer.strategy = latent_parallel, not for {strategy or 'auto'}"
             )
         if strategy == "ddp":
-            kwargs["strategy"] = DDPStrategy(gradient_as_bucket_view=True, timeout=patience, **_NO_BUFFER_SYNC)
+            kwargs["strategy"] = DDPStrategy(timeout=patience, **DDP_OPTIONS)
+        if strategy == "latent_parallel":
+            kwargs["strategy"] = LatentParallel(latents, timeout=patience)
         if kwargs.get("logger") in (None, True):
-            kwargs["logger"] = False if run is None else CSVLogger(run, name="csv")
+            kwargs["logger"] = False if run is None else CSVLogger(run, name="csv", flush_logs_every_n_steps=1)
+        elif kwargs["logger"] is not False and run is not None:
+            kwargs["logger"] = _with_csv(_as_list(kwargs["logger"]), run)
         callbacks = _as_list(kwargs.get("callbacks"))
         validation = _taken(callbacks, Validation) or Validation()
         outputs = _taken(callbacks, RunOutputs) or RunOutputs()
@@ -121,10 +126,13 @@ class SAETrainer(Trainer):
         # RUN/checkpoints/last.ckpt is RunFolder's; Lightning's own callback is for those who ask for more.
         kwargs["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         kwargs["callbacks"] = callbacks + own
-        kwargs["plugins"] = [*_as_list(kwargs.get("plugins")), AtomicCheckpointIO()]
+        kwargs["plugins"] = [
+            *_as_list(kwargs.get("plugins")),
+            AtomicCheckpointIO(mapped=isinstance(kwargs.get("strategy"), LatentParallel)),
+        ]
         super().__init__(**kwargs)
         if strategy in (None, "auto") and isinstance(self.strategy, DDPStrategy):  # several devices
-            self.strategy._ddp_kwargs |= {"gradient_as_bucket_view": True, **_NO_BUFFER_SYNC}
+            self.strategy._ddp_kwargs |= DDP_OPTIONS
             self.strategy._timeout = patience
 
     def fit(self, model: SAEModule, datamodule: ActivationData, ckpt_path: str | None = None) -> None:  # type: ignore[override]
@@ -147,6 +155,8 @@ class SAETrainer(Trainer):
         if ckpt_path is not None and not Path(ckpt_path).is_file():
             raise CheckpointError(f"no checkpoint at {ckpt_path}; expected a file such as RUN/checkpoints/last.ckpt")
         model.check(datamodule.source)
+        if isinstance(self.strategy, LatentParallel):
+            model.check_shared_out(self.strategy.sizes(self.world_size)[1])
         if self.run_folder is not None:
             make_folder(self.run_folder.run)
         self._prepare_wandb(model, datamodule, resumed=ckpt_path is not None)
@@ -183,6 +193,12 @@ class SAETrainer(Trainer):
 def _leave_at_exit() -> None:
     """Ends the process group before the interpreter: gloo's threads otherwise abort a rank at exit, now and then."""
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+
+
+def _with_csv(loggers: list[Any], run: Path) -> list[Any]:
+    """The loggers and a CSV log in RUN, so that its curves are there for `saeforge report` whoever else has them."""
+    there = any(isinstance(logger, CSVLogger) for logger in loggers)
+    return loggers if there else [*loggers, CSVLogger(run, name="csv", flush_logs_every_n_steps=1)]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from saeforge.errors import SaeforgeError
 from saeforge.ops import Group
+from saeforge.training.module import SAEModule
 
 #: Exit code of a run that another try may finish: EX_TEMPFAIL.
 LOST_RANK = 75
@@ -313,6 +314,12 @@ class Watchdog(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last collective is over (RunFolder's callback has saved): ranks may leave when they like."""
+        assert isinstance(pl_module, SAEModule)
+        if self.watch is not None and not pl_module.shared_out:
+            self.watch.close()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, where ranks that share out latents had to put the SAE together; or nothing was left to train."""
         if self.watch is not None:
             self.watch.close()
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from saeforge.data.batch import Batch
 from saeforge.errors import ConfigError
-from saeforge.ops import Shard, SparseCode, shards
+from saeforge.ops import Group, Shard, SparseCode, shards
 from saeforge.optim.row_adam import unit_rows_
 from saeforge.sae import SAE
 from saeforge.variants.contract import DataStatistics, Recipe, RunSettings, ScheduleValues, StepOutput, Unfolded
@@ -150,11 +150,8 @@ class Variant(nn.Module, ABC):
             raise RuntimeError(
                 "a variant that shares out its latents works inside ops.latents_over(variant.shard) only"
             )
-        dtype = self.scale.dtype
-        x = batch.x.to(dtype) * self.scale
-        if batch.target is batch.x:
-            return x, x
-        return x, batch.target.to(dtype) * self.target_scale
+        x = _scaled(batch.x, self.scale)
+        return x, x if batch.target is batch.x else _scaled(batch.target, self.target_scale)
 
     @final
     def mean_rows(self, per_row: Tensor, weight: Tensor | None) -> Tensor:
@@ -191,6 +188,11 @@ class Variant(nn.Module, ABC):
         """
         return shards.for_latents(tensor)
 
+    @property
+    def latent_group(self) -> Group:
+        """The ranks that share out the latents; a group of one where none do."""
+        return Group() if self.shard is None else self.shard.group
+
     @final
     def output(self, terms: dict[str, Tensor], code: SparseCode, squared_error: Tensor) -> StepOutput:
         """Packs a step's result.
@@ -206,7 +208,7 @@ class Variant(nn.Module, ABC):
     @final
     @torch.no_grad()
     def observe(self, code: SparseCode) -> Tensor:
-        """Counts who fired, over all ranks; called once after each step. Returns the counts, (d_sae,) int64."""
+        """Counts who fired, over all rows of the batch; called once after each step. Returns the counts, int64."""
         counts = self.run.group.sum(code.active_counts())
         self.firing_counts += counts
         self.tokens_since_fired += code.n_rows * self.run.group.size
@@ -314,6 +316,7 @@ class Variant(nn.Module, ABC):
             rule="topk" if threshold is None else "threshold",
             k=k,
             threshold=None if threshold is None else threshold * factor,
+            copy=False,  # all of them are new
         )
 
     @final
@@ -340,3 +343,9 @@ class Variant(nn.Module, ABC):
         """
         frozen = copy.deepcopy(self).requires_grad_(False).eval()
         return SAE(None, None, W_dec, b_dec, rule="plugin", encoder=frozen)
+
+
+def _scaled(rows: Tensor, scale: Tensor) -> Tensor:
+    """Rows in the type of `scale`, times it; what a cast has made is multiplied where it lies."""
+    cast = rows.to(scale.dtype)
+    return cast * scale if cast is rows else cast.mul_(scale)

@@ -21,6 +21,29 @@ def shard_(variant: Variant, shard: Shard) -> None:
         shard: of `variant.d_sae` latents.
 
     Raises:
+        ConfigError: see `check_shard`.
+    """
+    check_shard(variant, shard)
+    own, names = slice(shard.first, shard.last), set()
+    for path, module in variant.named_modules():
+        prefix = f"{path}." if path else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim and len(parameter) == variant.d_sae:
+                parameter.data = parameter.data[own].clone()
+                names.add(prefix + key)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.ndim and len(buffer) == variant.d_sae:
+                module._buffers[key] = buffer[own].clone()
+                names.add(prefix + key)
+    variant.shard = shard if shard.group.size > 1 else None
+    variant.latent_names = frozenset(names)
+    variant._forget_lists()
+
+
+def check_shard(variant: Variant, shard: Shard) -> None:
+    """Whether `shard_` can cut the variant so; nothing is changed.
+
+    Raises:
         ConfigError: a variant that is sharded already, or says that it cannot be (`exempt_checks`); another number of
             latents, or one that is also a width, so that a latent's entries cannot be told from others.
     """
@@ -37,17 +60,3 @@ def shard_(variant: Variant, shard: Shard) -> None:
             f"d_sae = {variant.d_sae} is also a width of the data ({variant.d_in} to {variant.d_out}), and latents "
             "cannot be told from dimensions to share them out; choose another variant.d_sae"
         )
-    own, names = slice(shard.first, shard.last), set()
-    for path, module in variant.named_modules():
-        prefix = f"{path}." if path else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.ndim and len(parameter) == variant.d_sae:
-                parameter.data = parameter.data[own].clone()
-                names.add(prefix + key)
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.ndim and len(buffer) == variant.d_sae:
-                module._buffers[key] = buffer[own].clone()
-                names.add(prefix + key)
-    variant.shard = shard if shard.group.size > 1 else None
-    variant.latent_names = frozenset(names)
-    variant._forget_lists()

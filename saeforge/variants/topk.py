@@ -12,7 +12,7 @@ from torch import Tensor
 from saeforge.data.batch import Batch
 from saeforge.errors import ConfigError
 from saeforge.ops import TopK as SelectTopK
-from saeforge.ops import decode_beside, encode_beside
+from saeforge.ops import decode_beside, encode_beside, residual
 from saeforge.sae import SAE
 from saeforge.schedules import anneal
 from saeforge.variants.contract import DataStatistics, Recipe, ScheduleValues, StepOutput
@@ -134,11 +134,10 @@ class TopK(UnitDecoder):
             code, halves = code.largest(k)
             parts, dead_rebuilt = decode_beside(halves, self.W_dec, dead, dead_values, dtype=dtype)
             rebuilt, others = parts.view(len(x), 2, self.d_out).unbind(1)
-            wide_error = (target - (rebuilt + others + self.b_dec)).square().sum(1)
+            _, wide_error = residual(target, rebuilt + others, self.b_dec)
             multi_mse = self.mean_rows(wide_error, batch.weight) / self.mse_of_mean
             terms["multi_mse"] = self.multi_k_weight * multi_mse
-        error = target - (rebuilt + self.b_dec)
-        squared_error = error.square().sum(1)
+        error, squared_error = residual(target, rebuilt, self.b_dec)
         terms["mse"] = self.mean_rows(squared_error, batch.weight) / self.mse_of_mean
         if self.auxk.coefficient > 0:
             none = squared_error.new_zeros(())

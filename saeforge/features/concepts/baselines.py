@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from saeforge.errors import ConfigError
-from saeforge.features.concepts.documents import Comparison
+from saeforge.lm.labelled import Comparison
 from saeforge.sae import SAE
 
 PROBE_C = 0.01
-PROBE_ITERATIONS = 300
 
 
 class LabelMeans:
@@ -73,54 +67,3 @@ def random_latents(x: Tensor, density: np.ndarray, seed: int) -> SAE:
     bias = -(directions @ mean) - threshold
     zeros = torch.zeros(len(density))
     return SAE(directions, bias, directions, torch.zeros(d_in), rule="threshold", threshold=zeros)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A logistic probe on raw activations.
-
-    Attributes:
-        direction: (d_in,); the score of a token is its product with the activation, up to a constant.
-        converged: whether the solver reached its tolerance.
-    """
-
-    direction: np.ndarray
-    converged: bool
-
-
-def check_probe() -> None:
-    """Say how to get scikit-learn if it is missing.
-
-    Raises:
-        ConfigError: it is.
-    """
-    if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError(
-            "the logistic probe needs scikit-learn: pip install 'saeforge[probe]', or leave the probe out with "
-            "--probe false"
-        )
-
-
-def fit_probe(x: np.ndarray, positive: np.ndarray) -> Probe:
-    """Fit a logistic regression with L2 penalty to tokens (scikit-learn, C = 0.01, classes weighted equally).
-
-    Args:
-        x: float32 (rows, d_in); each dimension is standardised first, and the direction is given for raw activations.
-        positive: bool (rows,).
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    mean, spread = x.mean(0), x.std(0)
-    spread[spread == 0] = 1
-    model = LogisticRegression(C=PROBE_C, class_weight="balanced", max_iter=PROBE_ITERATIONS)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.fit((x - mean) / spread, positive)
-    converged = True
-    for warning in caught:
-        if issubclass(warning.category, ConvergenceWarning):
-            converged = False  # told in the table's notes
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return Probe(model.coef_[0] / spread, converged)

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeforge.features.concepts.baselines import LabelMeans, Probe, fit_probe, random_latents
-from saeforge.features.concepts.columns import LatentColumns, Progress, Reader, TrainRanking, rank_latents
-from saeforge.features.concepts.documents import Comparison, LabelledTexts
+from saeforge.features.concepts.baselines import PROBE_C, LabelMeans, random_latents
+from saeforge.features.concepts.columns import LatentColumns, TrainRanking, rank_latents
 from saeforge.features.concepts.score import Judge, Score
+from saeforge.lm.labelled import Comparison, LabelledTexts
+from saeforge.lm.labelled_rows import Progress, Reader
+from saeforge.metrics.logistic import Probe, fit_probe
 from saeforge.sae import SAE
 
 SAMPLE_TOKENS = 65_536
@@ -213,4 +215,4 @@ def judge_baselines(
 def _probe(sample: TokenSample, comparison: Comparison) -> Probe:
     positive, negative = comparison.members(sample.label)
     used = positive | negative
-    return fit_probe(sample.x.numpy()[used], positive[used])
+    return fit_probe(sample.x.numpy()[used], positive[used], c=PROBE_C)

@@ -8,23 +8,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from saeforge.features.concepts.documents import Comparison, LabelledTexts
-from saeforge.features.concepts.ranking import Entries, Ordered, Ranking, draw_weights, f1_at, resample_auroc
-
-RESAMPLES = 1000
-COVERAGE = 0.95
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its percentile interval (95%) from a bootstrap over documents."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+from saeforge.lm.labelled import Comparison, LabelledTexts
+from saeforge.metrics.ranking import RESAMPLES, Entries, Estimate, Ordered, Ranking, draw_weights, f1_at, resample_auroc
 
 
 @dataclass(frozen=True)
@@ -126,9 +111,8 @@ class Judge:
         threshold = float(before.threshold[0])
         p, n = (members & ~train for members in (positive, negative))
         resampled = resample_auroc(score, unit, p, n, self.weights)
-        low, high = np.quantile(resampled, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
         return _Figures(
-            Estimate(float(held_out.auroc[0]), float(low), float(high)),
+            Estimate.of(float(held_out.auroc[0]), resampled),
             float(held_out.average_precision[0]),
             f1_at(score, p[unit], n[unit], threshold),
             threshold if math.isfinite(threshold) else None,

@@ -17,9 +17,7 @@ import torch
 from saeforge import __version__
 from saeforge.data.manifest import write_json
 from saeforge.errors import ConfigError
-from saeforge.features.concepts.baselines import PROBE_C, LabelMeans, check_probe
-from saeforge.features.concepts.columns import Progress, Reader
-from saeforge.features.concepts.documents import LabelledTexts, make_comparisons, read_labelled
+from saeforge.features.concepts.baselines import PROBE_C, LabelMeans
 from saeforge.features.concepts.measure import (
     Baselines,
     Protocol,
@@ -32,7 +30,10 @@ from saeforge.features.concepts.score import RESAMPLES, Judge, Score, average_sc
 from saeforge.features.schema import Label
 from saeforge.features.store import STORE_FILE, FeatureStore
 from saeforge.lm.device import resolve_device
+from saeforge.lm.labelled import LabelledTexts, make_comparisons, read_labelled
+from saeforge.lm.labelled_rows import Progress, Reader
 from saeforge.lm.text import Document
+from saeforge.metrics.logistic import check_probe
 from saeforge.sae import SAE, load
 
 FORMAT, VERSION = "saeforge-concepts", 1

@@ -20,10 +20,13 @@ __all__ = [
     "by_latent",
     "collect",
     "gather_sum",
+    "residual",
+    "residual_grad",
     "round_rows",
     "row_adam",
     "row_dots",
     "row_norms",
+    "row_sum",
     "scatter_outer",
     "screened_above",
     "screened_count",
@@ -215,6 +218,31 @@ def collect(indices: Tensor, offsets: Tensor, dense: Tensor) -> Tensor:
     dense, is_bf16 = _table(dense, "collect")
     out = torch.empty(len(indices))
     _call("collect", len(dense), indices, offsets, dense, is_bf16, dense.shape[1], out)
+    return out
+
+
+# Dense rows -------------------------------------------------------------------------------------------------------
+
+
+def residual(target: Tensor, rebuilt: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """error (B, d) = target - (rebuilt + bias), all fp32, and the square of its norm by row (B,)."""
+    rows = tuple(_float(tensor, "residual") for tensor in (target, rebuilt, bias))
+    error, squares = torch.empty_like(rows[0]), torch.empty(len(target))
+    _call("residual", *target.shape, *rows, error, squares)
+    return error, squares
+
+
+def residual_grad(error: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, d) -2 weight[b] error[b], and its sum over rows (d,)."""
+    grad, sums = torch.empty_like(error), torch.empty(error.shape[1])
+    _call("residual_grad", *error.shape, _float(error, "error"), _float(weight, "weight"), grad, sums)
+    return grad, sums
+
+
+def row_sum(weight: Tensor, table: Tensor) -> Tensor:
+    """(d,): the sum of the rows of `table` (n, d), times a weight (n,) each."""
+    out = torch.empty(table.shape[1])
+    _call("row_sum", *table.shape, _float(weight, "weight"), _float(table, "table"), out)
     return out
 
 

@@ -20,7 +20,7 @@ import torch
 
 log = logging.getLogger("saeforge.ops")
 
-SOURCES = ("products.cpp", "select.cpp", "screen.cpp", "row_adam.cpp")
+SOURCES = ("products.cpp", "residual.cpp", "select.cpp", "screen.cpp", "row_adam.cpp")
 _HEADERS = ("rows.h", "order.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 

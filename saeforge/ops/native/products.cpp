@@ -9,12 +9,6 @@
 
 namespace {
 
-// The rows that will be read soon: the hardware sees a row's stream only after its first lines.
-template <class T>
-inline void prefetch_row(const T *row) {
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(reinterpret_cast<const char *>(row) + 64 * line);
-}
-
 // out[i] = sum over the entries p of segment i of values[at(p)] * table[row(p)].
 template <class T, class At, class Row>
 void segment_sums(int64_t n, const int64_t *offsets, const float *values, const T *table, int64_t d, float *out, At at,
@@ -31,7 +25,7 @@ void segment_sums(int64_t n, const int64_t *offsets, const float *values, const 
                 weight[j] = values[at(p + j)];
                 rows[j] = table + row(p + j) * d;
             }
-            for (int64_t j = p + 4; j < std::min(p + 8, offsets[i + 1]); ++j) prefetch_row(table + row(j) * d);
+            for (int64_t j = p + 4; j < std::min(p + 8, offsets[i + 1]); ++j) prefetch_row(table + row(j) * d, d);
             add_rows(sum, d, weight, rows, m);
         }
     }
@@ -45,7 +39,7 @@ void row_dots(int64_t n, const int64_t *indices, const int64_t *offsets, const f
         const float *__restrict row = rows + b * d;
         for (int64_t p = offsets[b]; p < offsets[b + 1]; ++p) {
             const T *__restrict other = table + indices[p] * d;
-            if (p + 2 < offsets[b + 1]) prefetch_row(table + indices[p + 2] * d);
+            if (p + 3 < offsets[b + 1]) prefetch_row(table + indices[p + 3] * d, d);
             float dot = 0;
 #pragma omp simd reduction(+ : dot)
             for (int64_t i = 0; i < d; ++i) dot += row[i] * float(other[i]);

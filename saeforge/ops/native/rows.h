@@ -4,6 +4,7 @@
 // on one thread and on many.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -25,6 +26,14 @@ static inline uint16_t to_bf16(float value) {
     std::memcpy(&wide, &value, 4);
     uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
     return (wide & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t(rounded);
+}
+
+// Rows that will be read soon: the hardware sees a row's stream only after its first lines. No more than the first cache
+// has room for beside what is being read.
+template <class T>
+static inline void prefetch_row(const T *row, int64_t d) {
+    const int64_t bytes = std::min<int64_t>(d * sizeof(T), 24 * 64);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char *>(row) + at);
 }
 
 // A row as bfloat16, with the norm of what that took away and the norm of the row.

@@ -43,38 +43,29 @@ void saeforge_screened_top_k(const bf16 *pre, int64_t n_rows, int64_t n, int64_t
 #pragma omp parallel num_threads(threads)
     {
         Blocks<bf16> blocks(n, k);
-        std::vector<int16_t> keys, scratch;
-        std::vector<int32_t> exact_keys, exact_scratch;
-        std::vector<int64_t> places;
+        Candidates<int16_t> found;
+        std::vector<int32_t> exact_keys;
         std::vector<float> exact;
 #pragma omp for schedule(dynamic, 16)
         for (int64_t b = 0; b < n_rows; ++b) {
             const bf16 *row = pre + b * n;
             blocks.read(row);
-            keys.clear();
-            places.clear();
-            blocks.above(row, blocks.floor(k), [&](int64_t place, int16_t found) {
-                keys.push_back(found);
-                places.push_back(place);
-            });
-            scratch.assign(keys.begin(), keys.end());
-            std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end(), std::greater<int16_t>());
-            const size_t at = std::find(keys.begin(), keys.end(), scratch[k - 1]) - keys.begin();
-            const float bound = reaching(lower(float(row[places[at]])) - 2 * margin[b]);
+            blocks.above(row, blocks.floor(k), found);
+            const int16_t last = kth_largest(found.keys.data(), found.count, k);
+            const size_t at = std::find(found.keys.begin(), found.keys.end(), last) - found.keys.begin();
+            const float bound = reaching(lower(float(row[found.places[at]])) - 2 * margin[b]);
             // k entries are certain to reach lower(k-th) - margin; who cannot reach that is out.
-            places.clear();
-            exact.clear();
-            exact_keys.clear();
-            blocks.above(row, key(round_down(bound)), [&](int64_t place, int16_t) { places.push_back(place); });
-            for (size_t j = 0; j < places.size(); ++j) {
-                if (j + 2 < places.size())
-                    for (int line = 0; line < 4; ++line)
-                        __builtin_prefetch(weight + places[j + 2] * d + 16 * line);
-                exact.push_back(dot(x + b * d, weight + places[j] * d, d) + (bias ? bias[places[j]] : 0.0f));
-                exact_keys.push_back(key(exact.back()));
+            blocks.above(row, key(round_down(bound)), found);
+            const int64_t *places = found.places.data();
+            exact.resize(found.count);
+            exact_keys.resize(found.count);
+            for (int64_t j = 0; j < found.count; ++j) {
+                if (j + 3 < found.count) prefetch_row(weight + places[j + 3] * d, d);
+                exact[j] = dot(x + b * d, weight + places[j] * d, d) + (bias ? bias[places[j]] : 0.0f);
+                exact_keys[j] = key(exact[j]);
             }
             int64_t to = b * k;
-            choose_k(exact_keys, k, exact_scratch, [&](size_t j) {
+            choose_k(exact_keys.data(), found.count, k, [&](int64_t j) {
                 values[to] = exact[j];
                 indices[to++] = places[j];
             });

@@ -9,22 +9,16 @@ void top_k(const T *pre, int64_t n_rows, int64_t n, int64_t k, float *values, in
 #pragma omp parallel num_threads(threads)
     {
         Blocks<T> blocks(n, k);
-        std::vector<K> keys, scratch;
-        std::vector<int64_t> places;
+        Candidates<K> found;
 #pragma omp for schedule(dynamic, 16)
         for (int64_t b = 0; b < n_rows; ++b) {
             const T *row = pre + b * n;
             blocks.read(row);
-            keys.clear();
-            places.clear();
-            blocks.above(row, blocks.floor(k), [&](int64_t place, K found) {
-                places.push_back(place);
-                keys.push_back(found);
-            });
+            blocks.above(row, blocks.floor(k), found);
             int64_t to = b * k;
-            choose_k(keys, k, scratch, [&](size_t j) {
-                values[to] = float(row[places[j]]);
-                indices[to++] = places[j];
+            choose_k(found.keys.data(), found.count, k, [&](int64_t j) {
+                values[to] = float(row[found.places[j]]);
+                indices[to++] = found.places[j];
             });
         }
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saeforge.errors import ConfigError
-from saeforge.ops import BatchTopK, decode_beside, encode_beside
+from saeforge.ops import BatchTopK, decode_beside, encode_beside, residual
 from saeforge.variants import (
     SAE,
     Batch,
@@ -95,8 +95,7 @@ class BatchTopKSAE(UnitDecoder):
         self.threshold.follow(code.values[: code.nnz], self.run.group, self.run.total_steps)
         dead_values = None if dead is None else self.auxk.values(self, dead_pre)
         rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)
-        error = target - (rebuilt + self.b_dec)
-        squared_error = error.square().sum(1)
+        error, squared_error = residual(target, rebuilt, self.b_dec)
         terms = {"mse": self.mean_rows(squared_error, batch.weight) / self.mse_of_mean}
         if self.auxk.coefficient > 0:
             none = squared_error.new_zeros(())

@@ -11,7 +11,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
+RESAMPLES = 1000
+COVERAGE = 0.95
 BOOTSTRAP_BUFFER = 1 << 22  # numbers of a temporary array, so that it stays in a cache level or two
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its percentile interval (95%) from a bootstrap over documents."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @classmethod
+    def of(cls, value: float, resampled: np.ndarray) -> Estimate:
+        """A figure and its values (resamples,) in resamples."""
+        low, high = np.quantile(resampled, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+        return cls(value, float(low), float(high))
 
 
 @dataclass(frozen=True)
