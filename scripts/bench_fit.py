@@ -38,9 +38,9 @@ from saeforge.data.source import ShardSource
 from saeforge.data.writer import write_dataset
 from saeforge.errors import SaeforgeError
 from saeforge.registry import VARIANTS
-from saeforge.training.callbacks import Telemetry
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
+from saeforge.training.telemetry import Telemetry
 from saeforge.training.trainer import SAETrainer
 
 SCRIPTS = Path(__file__).parent

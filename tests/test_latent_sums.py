@@ -18,7 +18,7 @@ from saeforge.metrics import ReconstructionMetrics
 from saeforge.ops import Group, Shard, SparseCode, latents_over
 from saeforge.optim import RowAdam
 from saeforge.registry import VARIANTS
-from saeforge.training.callbacks import density_histogram
+from saeforge.training.latent_histograms import histogram, latent_histograms
 from saeforge.training.member import Member, Settings
 from saeforge.training.readout import ReadOut
 from saeforge.training.resampling import Resampling
@@ -92,7 +92,7 @@ def run(name: str, latents: Group, group: Group, *, resample_from: TensorSource 
                 resampled["tokens_since_fired"] = variant.tokens_since_fired.clone()
                 for key, value in variant.named_parameters():
                     resampled[f"v of {key}"] = optimizer.state[value]["exp_avg_sq"].clone()
-    counts, _ = density_histogram(variant.firing_counts, STEPS * ROWS, variant.latent_group)
+    counts = latent_histograms(member, STEPS * ROWS)["latents/log10_density"].counts
     # Outside of the context, as callbacks are: a member knows its own latents.
     member.start_validation()
     member.validate((toy_rows(128, seed=5).chunk(group.size)[group.rank],))
@@ -239,10 +239,10 @@ def test_the_controller_sees_the_latents_of_all_ranks() -> None:
     assert math.isclose(float(alone.integral), -2.0)
 
 
-def test_a_density_histogram_is_that_of_all_latents() -> None:
-    counts = torch.tensor([0, 1, 5, 5, 90, 0, 2, 100])
-    whole, edges = density_histogram(counts, 100)
-    assert whole.sum() == 8
-    for found, bounds in Threads(4).run(lambda group: density_histogram(counts.chunk(4)[group.rank], 100, group)):
+def test_a_histogram_is_that_of_all_latents() -> None:
+    values = torch.tensor([0.5, 1, 5, 5.5, 90, 0, torch.inf, 100])
+    whole, edges = histogram(values, Group())
+    assert whole.sum() == 7
+    for found, bounds in Threads(4).run(lambda group: histogram(values.chunk(4)[group.rank], group)):
         assert found.tolist() == whole.tolist()
         assert bounds.tolist() == edges.tolist()

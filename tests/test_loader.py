@@ -308,7 +308,7 @@ def test_reading_is_counted() -> None:
     assert stats.bytes >= sum(x.nbytes for x in batches) > 0
     assert stats.read_seconds > 0
     assert stats.wait_seconds > 0
-    assert set(stats.figures()) == {"wait_ms", "windows_ready", "read_gb_per_second"}
+    assert set(stats.figures(1.0)) == {"wait_ms", "windows_ready", "gb_per_second", "read_gb_per_second"}
     assert mine.read_stats().batches == 0
 
 

@@ -79,7 +79,7 @@ def test_figures_carry_the_name_of_their_sae(dataset: Path, tmp_path: Path) -> N
     for name in ("train/l0", "train/fvu", "val/fvu", "schedule/lr"):
         assert f"resid_post.0/{name}" in names
         assert f"resid_post.1/{name}" in names
-    assert {"data/wait_ms", "data/windows_ready", "train/tokens_per_second"} <= set(names)
+    assert {"data/wait_ms", "data/windows_ready", "speed/tokens_per_second"} <= set(names)
 
 
 def test_a_run_of_several_goes_on_to_the_bit(dataset: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_the_run_folder_is_that_of_several_saes(
     assert main(args) == 0
     assert str(run / "a" / "sae") in capsys.readouterr().out
     names = (run / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"a/train/l0", "b/train/l0", "a/val/fvu", "data/wait_ms", "train/tokens_per_second"} <= set(names)
+    assert {"a/train/l0", "b/train/l0", "a/val/fvu", "data/wait_ms", "speed/tokens_per_second"} <= set(names)
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["sweep"] == {"a": {"k": 2}, "b": None}
     assert main(args) == 2
     assert "already holds a run" in capsys.readouterr().err
@@ -156,7 +156,7 @@ def test_wandb_gets_a_run_for_each_in_one_group(dataset: Path, tmp_path: Path) -
     assert runs.keys() == {"run-top", "run-gated"}
     for record, history, config in runs.values():
         assert record.run_group == "run"
-        assert {"train/l0", "train/fvu", "train/log10_density", "val/fvu", "data/wait_ms", "train/tokens"} <= history
+        assert {"train/l0", "train/fvu", "latents/log10_density", "val/fvu", "data/wait_ms", "train/tokens"} <= history
         assert not [name for name in history if name.startswith(("top/", "gated/"))]
         assert len(config["resolved"]["members"]) == 1
     assert "schedule/l1" in runs["run-gated"][1]

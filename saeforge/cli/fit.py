@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from saeforge import __version__
 from saeforge.cli import variant_names
 from saeforge.cli.parsing import PARSER_MODE, configure_jsonargparse, fail
 from saeforge.errors import ConfigError
 from saeforge.registry import VARIANTS
 from saeforge.sae import load
 from saeforge.training.data import ActivationData
+from saeforge.training.loggers import describe
 from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
+from saeforge.training.outputs import RunOutputs
 from saeforge.training.run_folder import check_free, clear, make_folder
 from saeforge.training.trainer import SAETrainer
+from saeforge.training.validation import Validation
 from saeforge.training.wandb_runs import WandbRuns
 
 DEFAULT_RUN = "runs/default"
+#: What each of Lightning's loggers needs, any one of several.
+_LOGGER_PACKAGES = {
+    "WandbLogger": ("wandb",),
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "MLFlowLogger": ("mlflow", "mlflow_skinny"),
+    "CometLogger": ("comet_ml",),
+    "NeptuneLogger": ("neptune",),
+}
 _LINKED = ("d_in", "d_out")
 _LINKED_KEYS = {
     **{
@@ -60,6 +76,8 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Start anew in a folder that already holds a run."
         )
+        parser.add_lightning_class_args(Validation, "validation")
+        parser.add_lightning_class_args(RunOutputs, "logging")
         parser.link_arguments("run", "trainer.default_root_dir")
         for name in _LINKED:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
@@ -74,6 +92,17 @@ class FitCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let a checkpoint's settings override the command line [style A1.7]."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """As its base; afterwards no wandb run is open, which the next `fit` of this process would log to."""
+        failed = True
+        try:
+            super()._run_subcommand(subcommand)
+            failed = False
+        finally:
+            for logger in self.sae_trainer.loggers:
+                if isinstance(logger, WandbLogger) and logger._experiment is not None:
+                    logger.experiment.finish(exit_code=int(failed))
 
     @property
     def sae_trainer(self) -> SAETrainer:
@@ -92,6 +121,8 @@ class FitCLI(LightningCLI):
         loggers = config["trainer"]["logger"]
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             options = getattr(logger, "init_args", None)
+            if options is not None:
+                _check_installed(logger["class_path"].rpartition(".")[2])
             if options is not None and options.get("save_dir") in (None, "."):
                 options["save_dir"] = str(run)
             if options is not None and logger["class_path"].endswith("WandbLogger"):
@@ -105,6 +136,17 @@ class FitCLI(LightningCLI):
             data["path"] = str(own)
         if config["overwrite"] and config["ckpt_path"] is None and Path(data["path"]) == own:
             data["harvest"] = {**(data["harvest"] or {}), "overwrite": True}
+
+
+def _check_installed(logger: str) -> None:
+    """Whether a logger's package is there; jsonargparse would bury that in an error about types.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    packages = _LOGGER_PACKAGES.get(logger, ())
+    if packages and not any(find_spec(package) for package in packages):
+        raise ConfigError(f"trainer.logger {logger} needs {packages[0]}: pip install {packages[0]}")
 
 
 class RunConfig(SaveConfigCallback):
@@ -133,15 +175,29 @@ class RunConfig(SaveConfigCallback):
             clear(run)  # only now, when everything that could be refused has been accepted
         (run / "config.yaml").write_text(self._text)
         assert isinstance(pl_module, SAEModule)
-        config, identity = yaml.safe_load(self._text), {"total_steps": trainer.max_steps, **pl_module.identity()}
+        config, identity = yaml.safe_load(self._text), {**_resolved(trainer, pl_module), **pl_module.identity()}
         facts = {"config": config, **_facts(pl_module.members, identity)}
         for logger in trainer.loggers:
             if isinstance(logger, WandbRuns):
                 for member in pl_module.members:
                     own = _facts([member], {**identity, "members": [member.identity()]})
-                    logger.loggers[member.name].log_hyperparams({"config": config, **own})
+                    describe(logger.loggers[member.name], {"config": config, **own})
             else:
-                logger.log_hyperparams(facts)
+                describe(logger, facts)
+
+
+def _resolved(trainer: Trainer, module: SAEModule) -> dict[str, Any]:
+    """What the run settled that its configuration may leave open, but for what belongs to one SAE."""
+    return {
+        "total_steps": trainer.max_steps,
+        "rows_per_step": module.data.rows_per_step,
+        "tokens": trainer.max_steps * module.data.rows_per_step,
+        "precision": str(trainer.precision),
+        "device": str(module.device),
+        "ranks": trainer.world_size,
+        "steps_between_validations": int(trainer.val_check_interval) // trainer.accumulate_grad_batches,
+        "steps_between_readings": trainer.log_every_n_steps,  # type: ignore[attr-defined]  # a property
+    }
 
 
 def _facts(members: list[Member], identity: dict[str, Any]) -> dict[str, Any]:
@@ -152,12 +208,16 @@ def _facts(members: list[Member], identity: dict[str, Any]) -> dict[str, Any]:
         each[member.name] = {
             "data": member.pair.identity,
             "variant": {"name": record.name, "distribution": record.distribution, "version": record.version},
+            "learning_rate": member.rate_shape(),
         }
-    parts = {name: {key: facts[name] for key, facts in each.items()} for name in ("data", "variant")}
+    parts = {name: {key: facts[name] for key, facts in each.items()} for name in next(iter(each.values()))}
     if len(members) == 1:
         parts = each[members[0].name]
     resolved = {"dead_after_tokens": members[0].variant.run.dead_after_tokens, **identity}
-    return {**parts, "resolved": resolved}
+    versions = {name: metadata.version(name) for name in ("torch", "lightning", "transformers")}
+    versions |= {"saeforge": __version__, "python": platform.python_version()}
+    datasets = list(dict.fromkeys(member.pair.identity["dataset"] for member in members))
+    return {**parts, "dataset": "+".join(datasets), "resolved": resolved, "versions": versions}
 
 
 def run(argv: Sequence[str]) -> int:

@@ -62,10 +62,15 @@ class ReadStats:
     wait_seconds: float = 0.0
     windows_ready: int = 0
 
-    def figures(self) -> dict[str, float]:
-        """For a logger: GB/s a reading thread, milliseconds a step that training waited, windows read ahead."""
+    def figures(self, seconds: float) -> dict[str, float]:
+        """For a logger: milliseconds a step that training waited, windows read ahead, GB/s by the clock and a thread.
+
+        Args:
+            seconds: since the last look.
+        """
         batches = max(1, self.batches)
         figures = {"wait_ms": 1e3 * self.wait_seconds / batches, "windows_ready": self.windows_ready / batches}
+        figures["gb_per_second"] = self.bytes / seconds / 1e9
         if self.read_seconds > 0:
             figures["read_gb_per_second"] = self.bytes / self.read_seconds / 1e9
         return figures

@@ -115,7 +115,7 @@ def measure_effect(
     }
     sums: dict[int, np.ndarray] = {}
     done = 0
-    for batch in texts.batches(contexts_at_once or _contexts_that_fit(model, texts)):
+    for batch in texts.batches(contexts_at_once or contexts_that_fit(model, texts)):
         original = model.logits(batch, None)
         columns = [np.ones((len(batch.documents), 1))]
         for name in _PASSES:
@@ -175,7 +175,7 @@ def _ratios(totals: np.ndarray) -> dict[str, np.ndarray]:
     return {"delta_ce": means["ce_sae"] - means["ce_original"], **means, **scores}
 
 
-def _contexts_that_fit(model: SplicedModel, texts: HeldOutTexts) -> int:
+def contexts_that_fit(model: SplicedModel, texts: HeldOutTexts) -> int:
     """Return how many contexts keep the logits of a pass small."""
     weights = next(model.model.parameters())
     vocabulary = int(model.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]

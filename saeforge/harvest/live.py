@@ -124,6 +124,11 @@ class LiveSource:
         self.unit = config.group_rows
         self.manifest = manifest
 
+    @property
+    def held_out(self) -> ShardSource:
+        """The held-out rows, on disk."""
+        return self._held_out
+
     def n_blocks(self, split: str) -> int:
         """Whole blocks of the training text; what the folder holds of the held-out one."""
         if split == "train":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,18 +94,27 @@ class Origin:
 
 
 def origin_of(sae: SAE, *, model: str | None = None, trust_remote_code: bool = False) -> Origin:
-    """Return the model and site that an SAE says it was trained on.
-
-    Args:
-        sae: with the provenance that `saeforge fit` leaves.
-        model: where the model is now, if it moved.
-        trust_remote_code: what is loaded may run Python code that comes with the model.
+    """Return the model and site that an SAE says it was trained on; see `origin_from`.
 
     Raises:
         ConfigError: the SAE does not say so: it was trained on activations of unknown origin, or of several sites.
     """
-    check_one_site(sae)
-    card, record = sae.meta.get("model") or {}, sae.meta.get("site") or {}
+    return origin_from(sae.meta, model=model, trust_remote_code=trust_remote_code)
+
+
+def origin_from(meta: Mapping[str, Any], *, model: str | None = None, trust_remote_code: bool = False) -> Origin:
+    """Return the model and site of a provenance.
+
+    Args:
+        meta: the provenance that `saeforge fit` leaves in an SAE, or that its data has (`Pair.identity`).
+        model: where the model is now, if it moved.
+        trust_remote_code: what is loaded may run Python code that comes with the model.
+
+    Raises:
+        ConfigError: it names no model, or several sites.
+    """
+    _check_one_site(meta)
+    card, record = meta.get("model") or {}, meta.get("site") or {}
     name = model or card.get("name")
     if not name or not card.get("name"):
         raise ConfigError(
@@ -112,7 +122,7 @@ def origin_of(sae: SAE, *, model: str | None = None, trust_remote_code: bool = F
             "dataset made by `saeforge harvest`"
         )
     site = Site(record["module_path"], record["where"])
-    target = sae.meta.get("target") or record
+    target = meta.get("target") or record
     return Origin(
         name,
         card.get("revision"),
@@ -159,7 +169,11 @@ def check_one_site(sae: SAE) -> None:
     Raises:
         ConfigError: naming its sources.
     """
-    parts = sae.meta.get("sources")
+    _check_one_site(sae.meta)
+
+
+def _check_one_site(meta: Mapping[str, Any]) -> None:
+    parts = meta.get("sources")
     if parts:
         names = [(part.get("site") or {}).get("id") or f"{part['d']} values in memory" for part in parts]
         raise ConfigError(

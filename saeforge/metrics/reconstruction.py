@@ -249,13 +249,8 @@ class ReconstructionMetrics:
         n = int(self.sums[0])
         if n == 0:
             raise ValueError("no rows were seen; update() first")
-        alive = self.counts[self.counts > 0].double().cpu() / n
-        # 10.0**-3 and 1 / 1000 are the same float, so that a rate on an edge falls to its right.
-        edges = torch.tensor([10.0**edge for edge in DENSITY_EDGES], dtype=torch.float64)
-        bins = len(edges) - 1
-        found = (torch.bucketize(alive, edges, right=True) - 1).clamp(0, bins - 1)
-        latents = torch.bincount(found, minlength=bins)
-        dead = self.d_sae - len(alive)
+        latents = density_histogram(self.counts, n)
+        dead = self.d_sae - int(latents.sum())
         bound = min(1.0, 3 / documents) if documents else None
         return Firing(n, documents, dead, bound, DENSITY_EDGES, tuple(latents.tolist()), *self._l0_bins())
 
@@ -267,6 +262,25 @@ class ReconstructionMetrics:
         width = -(-(high - low + 1) // L0_BINS)
         tokens = [int(part.sum()) for part in counts[low : high + 1].split(width)]
         return tuple(low + width * i for i in range(len(tokens) + 1)), tuple(tokens)
+
+
+def density_histogram(counts: Tensor, tokens: int) -> Tensor:
+    """Histogram over latents of log10(share of tokens on which one fires), on the CPU; sums over shards of latents.
+
+    Args:
+        counts: (d_sae,) int64, tokens on which each fired; a latent that never did is in no bin.
+        tokens: in all, at least 1.
+
+    Returns:
+        int64, one bin less than `DENSITY_EDGES`: a bin has its left edge, the first also what is below, the last also
+        what is 1.
+    """
+    alive = counts[counts > 0].double().cpu() / tokens
+    # 10.0**-3 and 1 / 1000 are the same float, so that a rate on an edge falls to its right.
+    edges = torch.tensor([10.0**edge for edge in DENSITY_EDGES], dtype=torch.float64)
+    bins = len(edges) - 1
+    found = (torch.bucketize(alive, edges, right=True) - 1).clamp(0, bins - 1)
+    return torch.bincount(found, minlength=bins)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

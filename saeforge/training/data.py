@@ -215,11 +215,11 @@ class ActivationData(LightningDataModule):
             rank_zero_warn("the checkpoint carries no position in the data: reading starts from the beginning")
         return self._loader
 
-    def read_figures(self) -> dict[str, float]:
-        """What reading cost since the last call, for a logger: see `ReadStats.figures` and the source's counters."""
+    def read_figures(self, seconds: float) -> dict[str, float]:
+        """What reading cost since the last call, `seconds` ago: see `ReadStats.figures` and the source's counters."""
         if self._loader is None:
             return {}
-        return {**self._loader.read_stats().figures(), **self.source.counters()}
+        return {**self._loader.read_stats().figures(seconds), **self.source.counters()}
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """Held-out rows; nothing if the dataset has no validation split."""

@@ -302,23 +302,24 @@ class Member(nn.Module):
             return self.settings.resample_steps
         return self.variant.recipe(self._run.total_steps).resample_steps
 
-    def schedule_values(self, step: int) -> dict[str, float]:
-        """All scheduled values of a step, before `target_l0`: the variant's own, and `lr_factor`."""
+    def rate_shape(self) -> dict[str, Any]:
+        """Warm-up and decay of the learning rate: the variant's recipe, overridden by the run's."""
         total, given = self._run.total_steps, self.settings
         recipe = self.variant.recipe(total)
         warmup = recipe.warmup_steps if given.lr_warmup_steps is None else given.lr_warmup_steps
         if given.init_from is not None and given.lr_warmup_steps is None:
             warmup = max(warmup, warmup_steps(total))
-        decay = recipe.decay_steps if given.lr_decay_share is None else round(given.lr_decay_share * total)
+        return {
+            "warmup_steps": warmup,
+            "decay_steps": recipe.decay_steps if given.lr_decay_share is None else round(given.lr_decay_share * total),
+            "warmup_shape": given.lr_warmup_shape or recipe.warmup_shape,
+            "decay_shape": given.lr_decay_shape or recipe.decay_shape,
+        }
+
+    def schedule_values(self, step: int) -> dict[str, float]:
+        """All scheduled values of a step, before `target_l0`: the variant's own, and `lr_factor`."""
         values = {name: schedule(step) for name, schedule in self._schedules.items()}
-        values["lr_factor"] = warmup_then_decay(
-            step,
-            total,
-            warmup_steps=warmup,
-            decay_steps=decay,
-            warmup_shape=given.lr_warmup_shape or recipe.warmup_shape,
-            decay_shape=given.lr_decay_shape or recipe.decay_shape,
-        )
+        values["lr_factor"] = warmup_then_decay(step, self._run.total_steps, **self.rate_shape())
         values["lr_factor"] *= rewarm(step, self.resample_steps)
         return values
 

@@ -10,22 +10,26 @@ import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.ops.native import pool
-from saeforge.training.callbacks import ProgressBar, ProgressLines, Telemetry, ValidationTable
+from saeforge.training.callbacks import ProgressBar, ProgressLines
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
+from saeforge.training.outputs import RunOutputs
 from saeforge.training.resampling import Resampling
 from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint, make_folder
 from saeforge.training.strategy import DDP_OPTIONS, LatentParallel
+from saeforge.training.telemetry import Telemetry
+from saeforge.training.validation import Validation
+from saeforge.training.wandb_log import remembered, resume_into
 from saeforge.training.wandb_runs import WandbRuns
 from saeforge.training.watchdog import Watchdog
 
@@ -105,11 +109,13 @@ class SAETrainer(Trainer):
         elif kwargs["logger"] is not False and run is not None:
             kwargs["logger"] = _with_csv(_as_list(kwargs["logger"]), run)
         callbacks = _as_list(kwargs.get("callbacks"))
-        own: list[Callback] = [Resampling(), Telemetry(), ValidationTable()]  # RunFolder saves after all of them
+        validation = _taken(callbacks, Validation) or Validation()
+        outputs = _taken(callbacks, RunOutputs) or RunOutputs()
+        own: list[Callback] = [Resampling(), Telemetry(), validation]  # RunFolder saves after all of them
         checkpoints = kwargs.get("enable_checkpointing") is not False
         self.run_folder = None if run is None else RunFolder(run, checkpoints=checkpoints)
         if self.run_folder is not None:
-            own.append(self.run_folder)
+            own += [self.run_folder, outputs]  # what was saved is handed on
         self.watchdog = Watchdog(run, rank_timeout)
         own.append(self.watchdog)  # after RunFolder, whose last checkpoint is the ranks' last meeting
         # A bar needs a terminal; without one, lines. `enable_progress_bar: false` asks for neither.
@@ -153,21 +159,34 @@ class SAETrainer(Trainer):
             model.check_shared_out(self.strategy.sizes(self.world_size)[1])
         if self.run_folder is not None:
             make_folder(self.run_folder.run)
-        if model.swept:
-            names, folder = model.names(datamodule.source), Path(self.default_root_dir).name
-            self.loggers = [
-                WandbRuns.of(logger, names, folder) if isinstance(logger, WandbLogger) else logger
-                for logger in self.loggers
-            ]
+        self._prepare_wandb(model, datamodule, resumed=ckpt_path is not None)
         try:
             super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         except Exception as error:
             self.watchdog.explain(error)
+            if type(error).__module__.startswith("wandb."):
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"wandb: {reason}; `wandb login`, or set the logger's `offline: true`") from error
             raise
         finally:
             pool.release()
         if dist.is_initialized():
             _leave_at_exit()
+
+    def _prepare_wandb(self, model: SAEModule, data: ActivationData, *, resumed: bool) -> None:
+        """Gives each SAE of a sweep a wandb run of its own, and a resumed run its earlier ones."""
+        if not any(isinstance(logger, WandbLogger) for logger in self.loggers):
+            return
+        run = Path(self.default_root_dir)
+        ids = remembered(run) if resumed and self.run_folder is not None else {}
+        loggers: list[Logger] = []
+        for logger in self.loggers:
+            if isinstance(logger, WandbLogger) and model.swept:
+                logger = WandbRuns.of(logger, model.names(data.source), run.name, ids)
+            elif isinstance(logger, WandbLogger) and "" in ids:
+                resume_into(logger, ids[""])
+            loggers.append(logger)
+        self.loggers = loggers
 
 
 @functools.cache
@@ -186,6 +205,22 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, Sequence) else [value]
+
+
+Kind = TypeVar("Kind", bound=Callback)
+
+
+def _taken(callbacks: list[Any], kind: type[Kind]) -> Kind | None:
+    """Takes the callback of a kind out of a list, if there is one.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    found = [callback for callback in callbacks if isinstance(callback, kind)]
+    if len(found) > 1:
+        raise ConfigError(f"trainer.callbacks has {len(found)} of {kind.__name__}; give one of them")
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, kind)]
+    return found[0] if found else None
 
 
 def quieten() -> None:

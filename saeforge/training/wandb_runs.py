@@ -10,6 +10,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from saeforge.errors import ConfigError
+from saeforge.training import wandb_log
+from saeforge.training.loggers import Value
 
 
 class WandbRuns(Logger):
@@ -27,13 +29,16 @@ class WandbRuns(Logger):
         self.loggers = dict(loggers)
 
     @classmethod
-    def of(cls, logger: WandbLogger, names: Sequence[str], folder: str) -> WandbRuns:
+    def of(
+        cls, logger: WandbLogger, names: Sequence[str], folder: str, ids: Mapping[str, str] | None = None
+    ) -> WandbRuns:
         """One like `logger` for each of the names.
 
         Args:
             logger: as configured; it has not started a run.
             names: of the SAEs.
             folder: name of the RUN folder, which names the group if the logger does not.
+            ids: of earlier runs to go on in, by name.
 
         Raises:
             ConfigError: options that make sense for a single run only.
@@ -58,6 +63,7 @@ class WandbRuns(Logger):
                     save_dir=save_dir,
                     offline=logger._offline,
                     prefix=logger._prefix,
+                    id=(ids or {}).get(each),
                     **shared,
                 )
                 for each in names
@@ -82,6 +88,17 @@ class WandbRuns(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Hands each figure to the run that it belongs to."""
+        for name, part in self._parts(metrics).items():
+            self.loggers[name].log_metrics(part, step=step)
+
+    @rank_zero_only
+    def send(self, values: Mapping[str, Value], step: int) -> None:
+        """The same for values of all kinds (`saeforge.training.loggers`)."""
+        for name, part in self._parts(values).items():
+            wandb_log.send(self.loggers[name], part, step)
+
+    def _parts(self, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What each run gets."""
         parts: dict[str, dict[str, Any]] = {}
         shared: dict[str, Any] = {}
         for key, value in metrics.items():
@@ -90,8 +107,7 @@ class WandbRuns(Logger):
                 parts.setdefault(name, {})[rest] = value
             else:
                 shared[key] = value
-        for name in parts or self.loggers:
-            self.loggers[name].log_metrics({**parts.get(name, {}), **shared}, step=step)
+        return {name: {**parts.get(name, {}), **shared} for name in parts or self.loggers}
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
