@@ -29,8 +29,8 @@ from bench_quality_judge import machine
 
 from saeforge.data.loader import TrainLoader, reading_threads
 from saeforge.data.plan import Plan
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.shards import ActivationDataset
-from saeforge.data.source import ShardSource
 from saeforge.data.writer import write_dataset
 
 BATCH = 4096

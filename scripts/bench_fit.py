@@ -34,7 +34,7 @@ from bench_step import Contender, Setting, Worker, busy_seconds, write_data
 from bench_step_report import milliseconds
 from lightning.pytorch import Callback
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.writer import write_dataset
 from saeforge.errors import SaeforgeError
 from saeforge.registry import VARIANTS

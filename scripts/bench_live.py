@@ -30,7 +30,7 @@ import torch
 from bench_quality_judge import machine
 from lightning.pytorch import Callback
 
-from saeforge.data.source import TensorSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.demo import model_path
 from saeforge.harvest import HarvestConfig
 from saeforge.harvest.live import LiveSource

@@ -30,7 +30,7 @@ from bench_quality_judge import machine
 from bench_step import Setting, busy_seconds, write_data
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.writer import write_dataset
 from saeforge.errors import SaeforgeError
 from saeforge.registry import VARIANTS

@@ -20,7 +20,7 @@ from typing import Any
 
 from bench_quality_judge import judge, machine, machine_line
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.trainer import SAETrainer

@@ -39,7 +39,8 @@ from torch import Tensor
 
 from saeforge.controls import moving_adam
 from saeforge.data.loader import TrainLoader, ValidationLoader
-from saeforge.data.source import BlockSource, ShardSource
+from saeforge.data.shard_source import ShardSource
+from saeforge.data.source import BlockSource
 from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.metrics import Reconstruction
 from saeforge.sae import SAE

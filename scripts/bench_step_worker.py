@@ -20,7 +20,7 @@ from bench_gate import Gate
 from bench_step_dense import dense_forward, dense_step
 from torch import Tensor, nn
 
-from saeforge.data.source import TensorSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.ops import Group
 from saeforge.registry import VARIANTS
 from saeforge.training.member import Member, Settings

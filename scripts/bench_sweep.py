@@ -25,7 +25,8 @@ import torch
 from bench_live import Clock, Others, open_source, wait_for_quiet
 from bench_quality_judge import machine
 
-from saeforge.data.source import BlockSource, ShardSource
+from saeforge.data.shard_source import ShardSource
+from saeforge.data.source import BlockSource
 from saeforge.data.writer import write_dataset
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule

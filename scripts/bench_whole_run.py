@@ -26,7 +26,7 @@ from bench_step_dense import dense_step
 from torch import Tensor
 
 from saeforge.data.loader import TrainLoader
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.ops import Group
 from saeforge.registry import VARIANTS
 from saeforge.training.data import ActivationData

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import saeforge
 from saeforge import formats
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import SaeforgeError
 from saeforge.registry import VARIANTS
 

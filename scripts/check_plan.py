@@ -35,7 +35,7 @@ def work(d_in: int, d_sae: int, k: int, batch: int, precision: str) -> dict[str,
     import torch
 
     import saeforge
-    from saeforge.data.source import TensorSource
+    from saeforge.data.tensor_source import TensorSource
 
     options = {"precision": precision, "progress": False, "training": {"dead_after_tokens": 10**9}}
     small = torch.randn(4096, 64).bfloat16()

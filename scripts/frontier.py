@@ -27,7 +27,7 @@ from torch import Tensor
 
 import saeforge
 from saeforge.controls import pca, train_topk
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.lm.fresh import save_fresh_model
 from saeforge.sae import SAE
 

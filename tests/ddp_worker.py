@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.registry import VARIANTS
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule

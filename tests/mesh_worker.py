@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from saeforge.data.source import ShardSource, TensorSource
+from saeforge.data.shard_source import ShardSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.registry import VARIANTS
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.writer import write_dataset
 from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.variants import Batch, DataStatistics, StepOutput, TopK

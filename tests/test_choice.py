@@ -13,7 +13,8 @@ from torch import Tensor
 import saeforge
 from saeforge.cli.main import main
 from saeforge.data.layout import SiteSpec, SplitPlan, choose_block_rows
-from saeforge.data.source import ShardSource, TensorSource
+from saeforge.data.shard_source import ShardSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.data.writer import DatasetWriter
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 from saeforge.steering.delta import Delta

@@ -12,7 +12,7 @@ import torch
 import saeforge
 from saeforge.cli.main import main
 from saeforge.controls import CONTROLS, make_controls, pca, train_topk
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.writer import write_dataset
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.harvest import harvest

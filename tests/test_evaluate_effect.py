@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 import saeforge
 from saeforge.cli.main import main
 from saeforge.data.manifest import Manifest
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.shards import ActivationDataset
-from saeforge.data.source import ShardSource
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 from saeforge.evaluation.effect import Effect, EffectMetrics, measure_effect
 from saeforge.evaluation.held_out import HeldOutTexts

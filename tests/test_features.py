@@ -20,8 +20,8 @@ import torch
 
 from saeforge.cli.main import main
 from saeforge.data.imports import import_activations
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.shards import ActivationDataset
-from saeforge.data.source import ShardSource
 from saeforge.data.writer import write_dataset
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.features import FeatureStore, Label, build_features

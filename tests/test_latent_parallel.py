@@ -18,7 +18,8 @@ from torch import Tensor
 
 import saeforge
 from saeforge.data.plan import Plan
-from saeforge.data.source import Rows, TensorSource
+from saeforge.data.source import Rows
+from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
 from saeforge.ops import Group, Shard, latents_over
 from saeforge.registry import VARIANTS

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeforge.data.source import TensorSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import ConfigError
 from saeforge.metrics import ReconstructionMetrics
 from saeforge.ops import Group, Shard, SparseCode, latents_over

@@ -15,8 +15,8 @@ from saeforge.cli.main import main
 from saeforge.data.loader import TrainLoader
 from saeforge.data.manifest import Manifest
 from saeforge.data.plan import Plan
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.shards import ActivationDataset
-from saeforge.data.source import ShardSource
 from saeforge.data.verify import verify_dataset
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.harvest import HarvestConfig, harvest

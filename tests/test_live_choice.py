@@ -10,7 +10,7 @@ import torch
 import saeforge
 from saeforge.cli.main import main
 from saeforge.data.choice import SitesWanted
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import ConfigError
 from saeforge.harvest import harvest
 from saeforge.harvest.live import LiveSource

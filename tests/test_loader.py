@@ -13,7 +13,8 @@ from torch import Tensor
 
 from saeforge.data.loader import TrainLoader, ValidationLoader, _Stream
 from saeforge.data.plan import Plan
-from saeforge.data.source import Rows, TensorSource, empty_rows
+from saeforge.data.source import Rows, empty_rows
+from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import CheckpointError, ConfigError, DatasetError
 
 N, BATCH = 1500, 64

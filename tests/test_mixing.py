@@ -10,7 +10,7 @@ import torch
 
 from saeforge.data.loader import TrainLoader
 from saeforge.data.plan import Plan
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.writer import write_dataset
 
 ROWS, DOCUMENT, BUCKET, BATCH = 2**18, 128, 2**15, 4096

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from saeforge.data.source import TensorSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import ConfigError
 from saeforge.sae import SAE
 from saeforge.schedules import rewarm

@@ -17,7 +17,7 @@ from saeforge.data import layout as data_layout
 from saeforge.data import loader
 from saeforge.data.batch import Batch
 from saeforge.data.plan import Plan
-from saeforge.data.source import TensorSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.ops import engine, shadow
 from saeforge.optim import RowAdam
 from saeforge.scaling import DEVICES, Layout, Shape, layout_of

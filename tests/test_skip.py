@@ -12,7 +12,8 @@ from torch import Tensor
 
 import saeforge
 from saeforge.data.moments import Moments
-from saeforge.data.source import Pair, TensorSource
+from saeforge.data.source import Pair
+from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.training.data import ActivationData
 from saeforge.training.member import Member, Settings

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from saeforge.data.loader import TrainLoader, ValidationLoader
 from saeforge.data.plan import Plan
-from saeforge.data.source import BlockSource, ShardSource, TensorSource
+from saeforge.data.shard_source import ShardSource
+from saeforge.data.source import BlockSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.data.writer import write_dataset
 from saeforge.errors import ConfigError, DatasetError, SaeforgeError
 

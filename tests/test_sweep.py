@@ -14,7 +14,8 @@ import yaml
 
 import saeforge
 from saeforge.cli.main import main
-from saeforge.data.source import Rows, TensorSource
+from saeforge.data.source import Rows
+from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import ConfigError, PluginError
 from saeforge.sae import SAE
 from saeforge.training.data import ActivationData

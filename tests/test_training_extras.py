@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 import saeforge
 from saeforge.data.batch import Batch
-from saeforge.data.source import TensorSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.ops import Group
 from saeforge.sae import SAE

@@ -10,7 +10,7 @@ import pytest
 
 import saeforge
 from saeforge.cli.main import main
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import ConfigError
 from saeforge.harvest import harvest
 from saeforge.lm.origin import origin_of

@@ -18,7 +18,7 @@ import torch
 
 import saeforge
 from saeforge.cli.new_variant import new_variant
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.registry import VARIANTS
 from saeforge.testing import QUICK, conformance

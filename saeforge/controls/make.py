@@ -10,7 +10,7 @@ from typing import Any
 from saeforge.controls.pca import pca
 from saeforge.controls.reinit import harvest_fresh
 from saeforge.controls.trained import train_topk
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import ConfigError
 from saeforge.evaluation.judge import Control
 from saeforge.evaluation.opening import open_dataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import ConfigError
 from saeforge.sae import SAE
 

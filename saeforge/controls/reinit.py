@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.harvest import harvest
 from saeforge.lm.fresh import save_fresh_model

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import ConfigError
 from saeforge.evaluation.perturbation import Perturbation, perturb_probes
 from saeforge.evaluation.pooled import pool_dataset, pool_texts

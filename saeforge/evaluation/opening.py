@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saeforge.data.manifest import Manifest
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import ConfigError, DatasetError
 from saeforge.evaluation.held_out import HeldOutTexts
 from saeforge.evaluation.passes import SplicedModel, sees_the_future

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saeforge.data.source import Pair, ShardSource
+from saeforge.data.shard_source import ShardSource
+from saeforge.data.source import Pair
 from saeforge.errors import ConfigError
 from saeforge.evaluation.effect import contexts_that_fit
 from saeforge.evaluation.held_out import HeldOutTexts

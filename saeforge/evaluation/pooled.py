@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import ConfigError
 from saeforge.lm.labelled import LabelledTexts
 from saeforge.lm.labelled_rows import Reader

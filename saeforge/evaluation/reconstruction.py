@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saeforge.data.loader import ValidationLoader
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.metrics import Firing, Reconstruction, ReconstructionMetrics
 from saeforge.metrics.conventions import RECONSTRUCTION as CONVENTIONS
 from saeforge.sae import SAE

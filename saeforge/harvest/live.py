@@ -25,8 +25,9 @@ from saeforge.data.layout import bucket_permutation
 from saeforge.data.manifest import Manifest, sha256_json
 from saeforge.data.moments import Moments
 from saeforge.data.plan import permutation
+from saeforge.data.shard_source import ShardSource
 from saeforge.data.shards import DTYPES
-from saeforge.data.source import Pair, Rows, ShardSource
+from saeforge.data.source import Pair, Rows
 from saeforge.data.writer import read_bucket
 from saeforge.errors import DatasetError
 from saeforge.harvest import run as engine

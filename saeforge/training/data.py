@@ -13,7 +13,8 @@ from saeforge.data.choice import SitesWanted, check_patterns, names_in
 from saeforge.data.loader import TrainLoader, ValidationLoader
 from saeforge.data.plain import PlainTarSource
 from saeforge.data.plan import Plan
-from saeforge.data.source import BlockSource, Rows, ShardSource
+from saeforge.data.shard_source import ShardSource
+from saeforge.data.source import BlockSource, Rows
 from saeforge.errors import ConfigError, SaeforgeError
 from saeforge.harvest.config import HarvestConfig
 from saeforge.training.shared_rows import SharedLoader

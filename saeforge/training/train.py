@@ -13,7 +13,9 @@ import numpy as np
 from lightning.pytorch import seed_everything
 from torch import Tensor
 
-from saeforge.data.source import BlockSource, ShardSource, TensorSource
+from saeforge.data.shard_source import ShardSource
+from saeforge.data.source import BlockSource
+from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import ConfigError
 from saeforge.registry import VARIANTS
 from saeforge.sae import SAE

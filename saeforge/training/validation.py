@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from saeforge.data.source import ShardSource
+from saeforge.data.shard_source import ShardSource
 from saeforge.errors import ConfigError
 from saeforge.evaluation.over_time import EffectOverTime
 from saeforge.training.figures import X_AXIS
