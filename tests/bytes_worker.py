@@ -50,6 +50,8 @@ class Bytes(Callback):
 
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
             model.register_comm_hook(None, lambda _, bucket: reduce(bucket))  # a bucket's annotation may be no string
+        assert isinstance(pl_module, SAEModule)
+        pl_module.members[0].variant.dead_latents()  # as after each step: listing them is not a step's
         self.before = self.count(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -58,7 +60,7 @@ class Bytes(Callback):
         now = self.count(pl_module)
         dead = len(pl_module.members[0].variant.dead_latents())
         self.steps.append({**{key: now[key] - self.before[key] for key in now}, "dead": dead})
-        self.before = self.count(pl_module)  # the dead are counted over ranks for this list
+        self.before = self.count(pl_module)
 
     def count(self, module: LightningModule) -> Counter[str]:
         """Bytes up to now."""

@@ -45,6 +45,7 @@ SHORTER: dict[tuple[str, ...], list[str]] = {
 SCRIPTS = {("bash", "scripts/quickstart.sh"), ("bash", "scripts/test.sh")}  # run by the slow test, and by CI
 
 
+@pytest.mark.timeout(600)  # a minute alone; machines are shared
 def test_every_command_works_and_then_the_python_that_steers(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     toy_dataset(tmp_path / "data" / "my-activations")

@@ -147,12 +147,17 @@ def test_probing_perturbation_and_unknown_parts_of_an_evaluation_are_shown(tmp_p
     content["probing"] = {"mean": scores, "by_label": {"french": label}, "conventions": {"accuracy": "balanced"}}
     drop = {"value": 0.2, "low": 0.1, "high": 0.3}
     content["tpp"] = {"mean": {"2": {"score": drop, "intended": drop, "unintended": drop, "ablated": 2.0}}}
+    control = run_folders.evaluation(l0=30, fvu=0.7, delta=4.0) | {"probing": content["probing"]}
+    content["controls"] = {"random_sae": {"definition": "random decoder rows", **control}}
     content["novelty"] = {"depth": {"mean": 0.123}, "conventions": {"depth mean": "as measured"}}
     write_json(run / "evaluation.json", content)
     said = words(page_of(run))
     assert "1 latent 0.900 [0.800, 0.950] 0.970 [0.900, 0.990]" in said
     assert "all dimensions (control) 0.900" in said
     assert "2 +0.200 [+0.100, +0.300]" in said
+    assert "this SAE 32.2 0.120 +0.150 [+0.140, +0.160]" in said
+    assert "random sae 30.2 0.700 +4.00 [+3.99, +4.01] 4.00 0.800 0.900" in said
+    assert "random_sae random decoder rows" in said
     assert "novelty figure value depth mean 0.1230 as measured" in said
 
 
@@ -385,6 +390,8 @@ def test_figures_are_written_for_people() -> None:
 
 def test_the_folders_of_these_tests_have_the_names_of_real_ones() -> None:
     from saeforge.evaluation.effect import EffectMetrics
+    from saeforge.evaluation.perturbation import Perturbation, Perturbed
+    from saeforge.evaluation.probing import LabelProbes, ProbeScores, Probing
     from saeforge.metrics import Firing, Reconstruction
 
     mine = run_folders.evaluation(l0=32, fvu=0.1, delta=0.1)
@@ -394,6 +401,15 @@ def test_the_folders_of_these_tests_have_the_names_of_real_ones() -> None:
         (EffectMetrics, mine["effect"]["overall"]),
     ):
         assert set(found) - {"conventions"} == {field.name for field in dataclasses.fields(kind)}
+    probing: list[tuple[type, set[str]]] = [
+        (Probing, {"mean", "by_label"}),
+        (ProbeScores, {"latents", "residual_top", "residual", "difference_of_means"}),
+        (LabelProbes, {"chosen_latents", "scores"}),
+        (Perturbation, {"mean"}),
+        (Perturbed, {"score", "intended", "unintended", "ablated"}),
+    ]
+    for part, read in probing:
+        assert read <= {field.name for field in dataclasses.fields(part)}
 
 
 def test_a_run_that_was_trained_and_judged_just_now_has_its_figures_on_the_page(tmp_path: Path) -> None:
@@ -409,6 +425,16 @@ def test_a_run_that_was_trained_and_judged_just_now_has_its_figures_on_the_page(
     assert f"FVU {number(figures['fvu'], 3)}" in said
     assert "This run has no CSV log" not in said  # wandb has the curves, and so has RUN
     assert "The effect on the model was not measured" in said
+
+
+def test_a_run_that_is_overwritten_leaves_no_curve_and_no_page(tmp_path: Path) -> None:
+    from saeforge.training.run_folder import clear
+
+    run = write_run(tmp_path / "run", features=False)
+    saeforge.report(run)
+    clear(run)
+    assert read_curves(run) == {}
+    assert not (run / "report.html").exists()
 
 
 def test_latents_are_chosen_by_label_then_peak_then_chance(tmp_path: Path) -> None:

@@ -73,6 +73,14 @@ def test_encode_follows_the_rule_and_sparse_decode_equals_dense_decode(case: dic
     torch.testing.assert_close(sae(x), expected)
 
 
+def test_tensors_are_copied_unless_they_are_given_away() -> None:
+    eye, zero = torch.eye(3), torch.zeros(3)
+    kept = SAE(eye, zero, eye, zero, rule="topk", k=1)
+    given = SAE(eye, zero, eye.T, zero, rule="topk", k=1, copy=False)
+    assert given.W_enc.data_ptr() == eye.data_ptr() != kept.W_enc.data_ptr()
+    assert all(tensor.is_contiguous() for tensor in (*kept.buffers(), *given.buffers()))
+
+
 def test_the_threshold_itself_is_not_active_and_zero_means_relu() -> None:
     eye = torch.eye(3)
     sae = SAE(eye, torch.zeros(3), eye, torch.zeros(3), rule="threshold", threshold=torch.tensor([0.0, 1.0, 2.0]))

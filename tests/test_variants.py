@@ -667,3 +667,12 @@ def test_activations_that_are_all_zero_are_refused(cls: type[Variant]) -> None:
 def test_an_unknown_argument_is_pythons_own_error() -> None:
     with pytest.raises(TypeError, match="width"):
         TopK(6, 6, width=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_fold_shares_no_memory_with_the_weights(cls: type[Variant]) -> None:
+    """It keeps what it computed, without another copy; training goes on all the same."""
+    variant = build(cls)
+    places = {tensor.untyped_storage().data_ptr() for tensor in (*variant.parameters(), *variant.buffers())}
+    sae = variant.fold()
+    assert all(tensor.untyped_storage().data_ptr() not in places for tensor in sae.buffers())

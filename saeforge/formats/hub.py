@@ -35,13 +35,14 @@ def fetch(location: str, formats: Sequence[Format]) -> Path:
     except ImportError as error:
         raise CheckpointError(f"{location}: needs the package huggingface_hub; pip install 'saeforge[hub]'") from error
     patterns = [pattern for format in formats for pattern in format.files]
+    failures: tuple[type[BaseException], ...] = (*no_answer(), HFValidationError, ValueError)
     try:
         files = HfApi().list_repo_files(name, revision=revision)
         wanted = _wanted(files, inside or "", patterns)
         if not wanted:
             raise CheckpointError(_nothing(location, files, inside or ""))
         places = [Path(hf_hub_download(name, file, revision=revision)) for file in wanted]
-    except (*no_answer(), HFValidationError, ValueError) as error:
+    except failures as error:
         # What the hub answers is so; where it does not answer, what was fetched before serves.
         answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
         snapshot = None if answered else _cached(name, revision)

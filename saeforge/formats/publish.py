@@ -230,9 +230,10 @@ def hub_errors(repo: str) -> Iterator[Any]:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     except ImportError as error:
         raise ConfigError(f"{repo}: needs the package huggingface_hub; pip install 'saeforge[hub]'") from error
+    failures: tuple[type[BaseException], ...] = (*no_answer(), RuntimeError, ValueError)
     try:
         yield hub
-    except (*no_answer(), RuntimeError, ValueError) as error:
+    except failures as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         if isinstance(cause, HFValidationError):
             raise ConfigError(f"{repo}: {_line(cause)}") from error

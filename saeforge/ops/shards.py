@@ -14,9 +14,13 @@ step of B rows, d wide, with values of v bytes (4 in fp32) and a decoder product
                     gather   B min(k_aux, m) c  while more are dead than k_aux; m is the most dead latents of a rank
     mean_entries    sum      v                  a penalty that sums over latents
     RowAdam's clip  sum      8                  the squared norm of gradients
+    target_l0       sum      8                  how many latents were active
+    dead latents    gather   8                  how many each rank has, whenever they are listed
 
-Thresholds need no exchange to choose. Rows of a code are ragged here, so that a step reads how many entries there are
-from the device, top-k's too. Every rank computes the same loss, to the bit, as it comes of the same sums.
+A read-out sums 16 bytes and, for a wandb logger, a histogram; a validation the L0 of its rows (8 each) and, at its end,
+gathers each latent's count. Thresholds need no exchange to choose. Rows of a code are ragged here, so that a step reads
+how many entries there are from the device, top-k's too. Every rank computes the same loss, to the bit, as it comes of
+the same sums.
 """
 
 from __future__ import annotations

@@ -168,6 +168,36 @@ def reconstruction(run: Run) -> Markup | None:
     return join(parts)
 
 
+def controls(run: Run) -> Markup | None:
+    """This SAE beside the controls that were judged as it was; None if none were."""
+    found = (run.evaluation or {}).get("controls")
+    if not isinstance(found, dict) or not found:
+        return None
+    rows: list[list[object]] = []
+    told = {}
+    for name, each in (("this SAE", run.evaluation or {}), *found.items()):
+        metrics = each.get("metrics") or {}
+        overall = (each.get("effect") or {}).get("overall") or {}
+        one = ((each.get("probing") or {}).get("mean") or {}).get("latents") or {}
+        rows.append(
+            [
+                name.replace("_", " "),
+                number(metrics.get("l0_mean"), 3),
+                number(metrics.get("fvu"), 3),
+                within(overall.get("delta_ce"), (overall.get("intervals") or {}).get("delta_ce"), sign=True),
+                number(overall.get("kl_sae"), 3),
+                number(overall.get("top1_sae"), 3),
+                number(((one.get("1") or {}).get("accuracy") or {}).get("value"), 3),
+            ]
+        )
+        if isinstance(each.get("definition"), str):
+            told[name] = each["definition"]
+    heads = ("", "L0", "FVU", "ΔCE", "KL", "top-1 kept", "probe of 1 latent")
+    classes = ["strong", *("control" for _ in found)]
+    parts = [table("Beside controls, judged in the same way", heads, rows, classes=classes)]
+    return join([*parts, definitions("What the controls are", told) if told else None])
+
+
 def against(run: Run) -> Markup | None:
     """The agreement with another SAE, if one was named."""
     found = (run.evaluation or {}).get("against")

@@ -19,7 +19,7 @@ from saeforge.pages.page import Section, facts, header, missing, mono, tiles
 from saeforge.pages.runs import Run
 
 #: Keys of evaluation.json that have tables of their own, or say what was judged.
-KNOWN = {"metrics", "conventions", "firing", "weights", "against", "effect", "probing", "tpp", "sae"}
+KNOWN = {"metrics", "conventions", "firing", "weights", "against", "effect", "probing", "tpp", "controls", "sae"}
 
 
 def head(run: Run, kicker: str) -> Markup:
@@ -84,7 +84,8 @@ def overview(run: Run) -> Section:
     """Facts of the SAE, its data and its training."""
     card, training = run.card, run.card.get("training") or {}
     model, data, config = card.get("model") or {}, run.config.get("data") or {}, run.config.get("model") or {}
-    variant = card.get("variant") if isinstance(card.get("variant"), dict) else {}
+    of_card = card.get("variant")
+    variant: dict[str, Any] = of_card if isinstance(of_card, dict) else {}
     d_in, d_out, d_sae = card.get("d_in"), card.get("d_out"), run.d_sae
     of_package = " ".join(str(variant[key]) for key in ("distribution", "version") if variant.get(key))
     expansion = f" ({d_sae / d_in:g} \N{MULTIPLICATION SIGN} {d_in})" if d_sae and d_in else ""
@@ -155,6 +156,7 @@ def judged(run: Run, groups: Sequence[Group] = ()) -> Section:
         body.append(tag("p", f"The effect on the model was not measured: {reason}.", class_="missing"))
     if not run.evaluation.get("trained_on_this_dataset", True):
         body.append(tag("p", "This is not the dataset that the SAE was trained on.", class_="missing"))
+    body.append(judgement.controls(run))
     charts = [chart for chart in (judgement.effect_by_label(run), *sparsity(run)) if chart is not None]
     body.append(tag("div", charts, class_="charts") if charts else None)
     if judgement.l0_histogram(run) is None:
@@ -206,7 +208,7 @@ def training_curves(run: Run) -> Section:
         lambda: chart("Dead latents", {"train/dead": "training", "val/dead": "validation"}, "latents", zero=True),
         lambda: chart("Learning rate", {"schedule/lr": "learning rate"}, "lr", zero=True),
     ]
-    drawn = [found for make in first if (found := make()) is not None]
+    drawn = [made for make in first if (made := make()) is not None]
     schedules = sorted(name for name in curves.points if name.startswith("schedule/") and name != "schedule/lr")
     for name in schedules:
         own = chart(name.removeprefix("schedule/"), {name: name}, "value", note="coefficient of the variant", zero=True)
