@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from saeforge.data.tensor_source import TensorSource
 from saeforge.ops import Group
 from saeforge.registry import VARIANTS
-from saeforge.training.member import Member, Settings
+from saeforge.training.member import Member
+from saeforge.training.settings import Settings
 from saeforge.variants import RunSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

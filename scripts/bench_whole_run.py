@@ -30,7 +30,8 @@ from saeforge.data.shard_source import ShardSource
 from saeforge.ops import Group
 from saeforge.registry import VARIANTS
 from saeforge.training.data import ActivationData
-from saeforge.training.member import Member, Settings
+from saeforge.training.member import Member
+from saeforge.training.settings import Settings
 from saeforge.variants import RunSettings
 
 GOAL = 2.0

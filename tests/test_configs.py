@@ -19,7 +19,8 @@ from saeforge.lm.capture import Capture, TokenBatch
 from saeforge.lm.load import quiet, wrap_module
 from saeforge.registry import VARIANTS
 from saeforge.sae import load
-from saeforge.training.member import Member, Settings
+from saeforge.training.member import Member
+from saeforge.training.settings import Settings
 from saeforge.training.sweep import entries
 from tests.readme import ROOT
 from tests.toy import toy_dataset

@@ -26,9 +26,11 @@ from saeforge.registry import VARIANTS
 from saeforge.sae import SAE
 from saeforge.training import parts, whole
 from saeforge.training.data import ActivationData
-from saeforge.training.member import Member, Settings
+from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
+from saeforge.training.settings import Settings
 from saeforge.training.shared_rows import SharedLoader
+from saeforge.training.sharing import check_shared_out
 from saeforge.training.trainer import SAETrainer
 from saeforge.variants import TopK
 from tests.mesh_worker import STEPS, fit
@@ -259,9 +261,9 @@ def test_what_cannot_be_shared_out_is_refused_before_other_processes_start(
 def test_an_encoder_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TopK, "encode", lambda self, x: x, raising=False)
     member = Member(TopK(4, 4, d_sae=8, k=2), Settings())
-    member.check_shared_out(1)
+    check_shared_out(member, 1)
     with pytest.raises(ConfigError, match="TopK encodes by itself"):
-        member.check_shared_out(2)
+        check_shared_out(member, 2)
 
 
 def test_a_number_of_latent_ranks_is_for_its_strategy_and_positive() -> None:

@@ -19,9 +19,10 @@ from saeforge.ops import Group, Shard, SparseCode, latents_over
 from saeforge.optim import RowAdam
 from saeforge.registry import VARIANTS
 from saeforge.training.latent_histograms import histogram, latent_histograms
-from saeforge.training.member import Member, Settings
+from saeforge.training.member import Member
 from saeforge.training.readout import ReadOut
 from saeforge.training.resampling import Resampling
+from saeforge.training.settings import Settings
 from saeforge.training.target_l0 import TargetL0
 from saeforge.variants import L1ReLU, RunSettings, StepOutput, shard_
 from tests.latents import together

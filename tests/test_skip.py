@@ -16,8 +16,9 @@ from saeforge.data.source import Pair
 from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import CheckpointError, ConfigError
 from saeforge.training.data import ActivationData
-from saeforge.training.member import Member, Settings
+from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
+from saeforge.training.settings import Settings
 from saeforge.training.trainer import SAETrainer
 from saeforge.variants import Gated, L1ReLU, RunSettings, TopK, Variant
 from tests import oracle

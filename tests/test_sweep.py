@@ -19,8 +19,8 @@ from saeforge.data.tensor_source import TensorSource
 from saeforge.errors import ConfigError, PluginError
 from saeforge.sae import SAE
 from saeforge.training.data import ActivationData
-from saeforge.training.member import Settings
 from saeforge.training.module import SAEModule
+from saeforge.training.settings import Settings
 from saeforge.training.sweep import entries, expand
 from saeforge.training.trainer import SAETrainer
 from saeforge.variants import Gated, TopK

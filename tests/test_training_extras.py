@@ -21,8 +21,10 @@ from saeforge.sae import SAE
 from saeforge.schedules import warmup_then_decay
 from saeforge.training.data import ActivationData
 from saeforge.training.ema import WeightAverage
-from saeforge.training.member import Member, Settings
+from saeforge.training.identity import identity_of
+from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
+from saeforge.training.settings import Settings
 from saeforge.training.target_l0 import TargetL0
 from saeforge.training.trainer import SAETrainer
 from saeforge.training.whitening import Whitening
@@ -492,7 +494,7 @@ def test_a_variant_that_cannot_is_named_before_anything_is_read() -> None:
 
 def test_an_sae_in_memory_is_remembered_by_its_weights() -> None:
     a, b = (run("topk", steps=steps).folded()[0] for steps in (1, 2))
-    first, again, other = (bound("topk", init_from=sae).identity()["extras"]["init_from"] for sae in (a, a, b))
+    first, again, other = (identity_of(bound("topk", init_from=sae))["extras"]["init_from"] for sae in (a, a, b))
     assert first == again != other
     assert first.startswith("SAE ")
 

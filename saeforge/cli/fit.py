@@ -26,6 +26,7 @@ from saeforge.errors import ConfigError
 from saeforge.registry import VARIANTS
 from saeforge.sae import load
 from saeforge.training.data import ActivationData
+from saeforge.training.identity import identity_of
 from saeforge.training.loggers import describe
 from saeforge.training.member import Member
 from saeforge.training.module import SAEModule
@@ -180,7 +181,7 @@ class RunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbRuns):
                 for member in pl_module.members:
-                    own = _facts([member], {**identity, "members": [member.identity()]})
+                    own = _facts([member], {**identity, "members": [identity_of(member)]})
                     describe(logger.loggers[member.name], {"config": config, **own})
             else:
                 describe(logger, facts)

@@ -5,62 +5,33 @@ A run trains one, or several from one stream of activations. It knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from saeforge import __version__
 from saeforge.data.batch import Batch
 from saeforge.data.moments import Statistics
 from saeforge.data.source import Pair, Rows
-from saeforge.errors import CheckpointError, ConfigError, DatasetError
+from saeforge.errors import ConfigError, DatasetError
 from saeforge.metrics import Reconstruction, ReconstructionMetrics
-from saeforge.ops import Group, Shard, latents_over
+from saeforge.ops import latents_over
 from saeforge.optim import RowAdam
-from saeforge.registry import VARIANTS
 from saeforge.sae import SAE
-from saeforge.schedules import Shape, rewarm, warmup_then_decay
+from saeforge.schedules import rewarm, warmup_then_decay
 from saeforge.training.ema import WeightAverage, check_half_life
 from saeforge.training.graph import GraphedStep
-from saeforge.training.init_from import check_offered, described, open_sae, warmup_steps
+from saeforge.training.identity import origin_of
+from saeforge.training.init_from import check_offered, open_sae, warmup_steps
 from saeforge.training.readout import ReadOut
+from saeforge.training.settings import Settings
 from saeforge.training.skip import Skip
 from saeforge.training.target_l0 import TargetL0
-from saeforge.training.whitening import DEFAULT_SHRINKAGE, Kind, Whitening
+from saeforge.training.whitening import DEFAULT_SHRINKAGE, Whitening
 from saeforge.training.whole import whole
-from saeforge.variants import DataStatistics, OwnEncoder, Resampled, RunSettings, Variant, shard_
-from saeforge.variants.sharding import check_shard
-
-#: torch's optimizers that step each entry by itself, so that some rows of a weight step as all of them would.
-_BY_ENTRY = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run decides about the training of an SAE; None leaves it to the variant's recipe. See `SAEModule`."""
-
-    optimizer: OptimizerCallable | None = None
-    lr: float | None = None
-    max_grad_norm: float | None = None
-    lr_warmup_steps: int | None = None
-    lr_decay_share: float | None = None
-    dead_after_tokens: int | None = None
-    resample_steps: tuple[int, ...] | None = None
-    cuda_graph: bool = False
-    skip: bool = False
-    seed: int = 0
-    lr_warmup_shape: Shape | None = None
-    lr_decay_shape: Shape | None = None
-    target_l0: float | None = None
-    ema_half_life_steps: float | None = None
-    init_from: str | SAE | None = None
-    whitening: Kind | None = None
-    whitening_shrinkage: float | None = None
+from saeforge.variants import DataStatistics, Resampled, RunSettings, Variant
 
 
 class Member(nn.Module):
@@ -135,60 +106,9 @@ class Member(nn.Module):
                 "(a transcoder), or leave skip out"
             )
 
-    def check_shared_out(self, ranks: int) -> None:
-        """Whether so many ranks can share out its latents.
-
-        Raises:
-            ConfigError: they cannot.
-        """
-        if ranks == 1:
-            return
-        variant, optimizer = self.variant, self.settings.optimizer
-        check_shard(variant, Shard.of(variant.d_sae, Group(ranks)))
-        if isinstance(variant, OwnEncoder):
-            raise ConfigError(
-                f"{type(variant).__name__} encodes by itself, so its parts on several ranks make no SAE; let devices "
-                "share the rows instead (trainer.strategy: ddp)"
-            )
-        if optimizer is not None:
-            made = type(optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}]))
-            if made.__module__.split(".")[0] != "torch" or made.__name__ not in _BY_ENTRY:
-                raise ConfigError(
-                    f"model.optimizer {made.__name__} may look at whole weights, of which each rank has some rows; "
-                    f"leave it out, use one of {', '.join(_BY_ENTRY)}, or let devices share the rows instead"
-                )
-
-    def share_out(self, latents: Group, device: torch.device) -> None:
-        """Keeps the latents of this rank, on the device that the group exchanges tensors of; before `prepare`.
-
-        Raises:
-            ConfigError: see `check_shared_out`.
-        """
-        self.check_shared_out(latents.size)
-        if latents.size > 1:
-            shard_(self.variant, Shard.of(self.variant.d_sae, latents))
-            self.variant.to(device)
-            if self.skip is not None:
-                self.skip.to(device)
-
     def latents(self) -> AbstractContextManager[None]:
         """Where the variant works: among the ranks that share out its latents, if there are some."""
         return latents_over(self.variant.shard)
-
-    def cut(self) -> frozenset[str]:
-        """Names of the parameters and buffers with one entry for each latent that this rank has."""
-        names = {f"variant.{name}" for name in self.variant.latent_names}
-        if self.average is not None:
-            shadowed = enumerate(name for name, _ in self.variant.named_parameters())
-            names |= {f"average.shadow_{number}" for number, name in shadowed if name in self.variant.latent_names}
-        return frozenset(names)
-
-    def cut_parameters(self) -> list[tuple[int, Tensor]]:
-        """Those of them that the optimizer steps, with their number in its state."""
-        cut = self.cut()
-        parameters = {id(tensor) for name, tensor in self.named_parameters() if name in cut}
-        stepped = enumerate(tensor for group in self.param_groups() for tensor in group["params"])
-        return [(number, tensor) for number, tensor in stepped if id(tensor) in parameters]
 
     def prepare(self, pair: Pair, statistics: tuple[Statistics, ...], run: RunSettings) -> None:
         """Binds the SAE to its data and to the run.
@@ -250,32 +170,6 @@ class Member(nn.Module):
                 sae = sae if self.whitening is None else self.whitening.unfold(sae)
                 sae = sae if self.skip is None else self.skip.unfold_(sae, self.variant)
                 self.variant.unfold_(sae)  # type: ignore[operator]
-
-    @torch.no_grad()
-    def agree(self) -> None:
-        """Gives the ranks that share out the latents one state of what they all hold: biases, scales, a skip path.
-
-        They compute the same from the same rows; but a processor of another kind, or a language model that runs on each
-        of them, may differ in the last bit, and nothing would bring them together again.
-        """
-        for tensor in self._in_common():
-            self.variant.latent_group.copy_(tensor)
-
-    def agree_on_gradients(self) -> None:
-        """The same for gradients that each column of a mesh has averaged by itself, maybe in another order of ranks."""
-        if self.variant.shard is None or self._run.group.size == 1:
-            return
-        for tensor in self._in_common():
-            if tensor.grad is not None:
-                self.variant.latent_group.copy_(tensor.grad)
-
-    def _in_common(self) -> Iterator[Tensor]:
-        """What is not cut, if latents are shared out."""
-        if self.variant.shard is not None:
-            cut = self.cut()
-            for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-                if name not in cut:
-                    yield tensor
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Those of the variant, and the skip path's."""
@@ -422,36 +316,6 @@ class Member(nn.Module):
             "max_grad_norm": recipe.max_grad_norm if given.max_grad_norm is None else given.max_grad_norm,
         }
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes it, as plain values."""
-        settings = self.optimizer_settings() if self.settings.optimizer is None else {}
-        return {
-            "name": self.name,
-            "sites": _sites(self.pair.identity),
-            "variant": VARIANTS.name_of(type(self.variant)).class_path,
-            "options": {key: _plain(value) for key, value in self.variant.arguments.items()},
-            "optimizer": {
-                "class": "RowAdam" if self.settings.optimizer is None else "custom",
-                **{key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
-            },
-            "resample_steps": list(self.resample_steps),
-            "skip": self.settings.skip,
-            "seed": self.settings.seed,
-            "extras": self._extras(),
-        }
-
-    def _extras(self) -> dict[str, Any]:
-        """The options of `docs/training.md` that are on."""
-        given = self.settings
-        values = {
-            "target_l0": given.target_l0,
-            "ema_half_life_steps": given.ema_half_life_steps,
-            "init_from": None if given.init_from is None else described(given.init_from),
-            "whitening": given.whitening,
-            "whitening_shrinkage": None if self.whitening is None else self.whitening.shrinkage,
-        }
-        return {name: value for name, value in values.items() if value is not None}
-
     def folded(self, steps: int, tokens: int, precision: str, device: torch.device, *, kept: bool = True) -> SAE | None:
         """The plain SAE as it is now, with its origin: data, variant and its distribution, training.
 
@@ -460,76 +324,15 @@ class Member(nn.Module):
             device: of the run.
             kept: where ranks share out the latents all must call it, and put the SAE together for those that keep it.
         """
-        record = VARIANTS.name_of(type(self.variant))
         sae: SAE | None = self.fold()
         if sae is not None and self.variant.shard is not None:
             sae = whole(sae, self.variant.shard, device, kept=kept)
         if sae is None:
             return None
-        sae.meta = {
-            **self.pair.identity,
-            "variant": {
-                "name": record.name,
-                "class_path": record.class_path,
-                "distribution": record.distribution,
-                "version": record.version,
-                "options": self.identity()["options"],
-            },
-            "training": {
-                "steps": steps,
-                "tokens": tokens,
-                "precision": precision,
-                "saeforge": __version__,
-                "torch": torch.__version__,
-            },
-        }
+        sae.meta = origin_of(self, steps, tokens, precision)
         return sae
 
 
 def join_names(site: str, entry: str) -> str:
     """The name of an SAE, and of its folder, among all of a run: of its site, its entry of a sweep, or both."""
     return "-".join(part for part in (site, entry) if part)
-
-
-def check_identity(saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Compares two identities of a member.
-
-    Raises:
-        CheckpointError: with every difference as `name: checkpoint -> this run`.
-    """
-    if saved["variant"] != given["variant"]:
-        raise CheckpointError(
-            f"the checkpoint holds variant {saved['variant']}, this run asks for {given['variant']}; "
-            "resume with the same variant, or start a new --run"
-        )
-    differences = []
-    if "sites" in saved and saved["sites"] != given["sites"]:
-        differences.append(f"sites: {saved['sites']} -> {given['sites']}")
-    for part in ("options", "optimizer", "extras"):
-        then = saved.get(part, {})  # no extras: a checkpoint from before there were any
-        for name in sorted(then.keys() | given[part].keys()):
-            before, now = then.get(name), given[part].get(name)
-            if before != now:
-                differences.append(f"{name}: {before} -> {now}")
-    for name in ("name", "resample_steps", "skip", "seed"):
-        if saved.get(name, False if name == "skip" else None) != given[name]:
-            differences.append(f"{name}: {saved.get(name)} -> {given[name]}")
-    if differences:
-        raise CheckpointError(
-            f"the checkpoint was trained with other settings ({'; '.join(differences)}); "
-            "resume with the same ones, or start a new --run"
-        )
-
-
-def _sites(identity: dict[str, Any]) -> str:
-    """Which sites an SAE reads and writes, in one line; the dataset itself is the loader's to compare."""
-    if not identity.get("sources"):
-        ends = [(identity.get(part) or {}).get("id") for part in ("site", "target")]
-        return " to ".join(end for end in ends if end)
-    sides = [identity["sources"], identity.get("targets") or []]
-    named = [[f"{(part.get('site') or {}).get('id')}@{part.get('dataset', '')[:8]}" for part in side] for side in sides]
-    return " to ".join(" + ".join(side) for side in named if side)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

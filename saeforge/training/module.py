@@ -16,9 +16,12 @@ from saeforge.errors import CheckpointError, ConfigError
 from saeforge.metrics import Reconstruction
 from saeforge.sae import SAE
 from saeforge.schedules import Shape
+from saeforge.training import sharing
 from saeforge.training.data import ActivationData, run_seed
-from saeforge.training.member import Member, Settings, check_identity, join_names
+from saeforge.training.identity import check_identity, identity_of
+from saeforge.training.member import Member, join_names
 from saeforge.training.parts import PARTS, Place, own_rows, put_in, take_out
+from saeforge.training.settings import Settings
 from saeforge.training.strategy import mesh_of
 from saeforge.training.sweep import Entry, entries
 from saeforge.training.whitening import Kind
@@ -150,11 +153,11 @@ class SAEModule(LightningModule):
         """Whether so many ranks can share out the latents of each SAE; before further processes start.
 
         Raises:
-            ConfigError: see `Member.check_shared_out`; of a sweep, naming its entry.
+            ConfigError: see `sharing.check_shared_out`; of a sweep, naming its entry.
         """
         for member in self.members:
             try:
-                member.check_shared_out(ranks)
+                sharing.check_shared_out(member, ranks)
             except ConfigError as error:
                 raise ConfigError(f"model.sweep.{member.entry}: {error}" if member.entry else str(error)) from error
 
@@ -189,7 +192,7 @@ class SAEModule(LightningModule):
             if dead_after is None:
                 dead_after = min(10_000_000, total * data.rows_per_step // 20)
             run = RunSettings(total, dead_after, _COMPUTE_DTYPE[precision], mesh.data)
-            member.share_out(mesh.latents, self.trainer.strategy.root_device)
+            sharing.share_out(member, mesh.latents, self.trainer.strategy.root_device)
             member.prepare(pair, data.source.statistics, run)
             if stage == "fit":
                 member.initialise(rows)
@@ -197,7 +200,7 @@ class SAEModule(LightningModule):
     def on_fit_start(self) -> None:
         """All is on its device, a checkpoint was read: ranks that share out latents start from the same."""
         for member in self.members:
-            member.agree()
+            sharing.agree(member)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """That of the SAE, or all of them in one."""
@@ -216,7 +219,7 @@ class SAEModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Ranks that share out latents step what they all hold by the same gradients."""
         for member in self.members:
-            member.agree_on_gradients()
+            sharing.agree_on_gradients(member)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step and what follows it; callbacks, the one that saves among them, come after."""
@@ -261,7 +264,7 @@ class SAEModule(LightningModule):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it, as plain values."""
         return {
-            "members": [member.identity() for member in self.members],
+            "members": [identity_of(member) for member in self.members],
             # Positions in the data are counted in batches: with another number of them a step, nothing would fit.
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
         }
@@ -276,13 +279,13 @@ class SAEModule(LightningModule):
         """Where the tensors of a checkpoint are that have a row for each latent."""
         found: list[Place] = []
         for number, member in enumerate(self.members):
-            names = [f"_members.{number}.{name}" for name in sorted(member.cut())]
+            names = [f"_members.{number}.{name}" for name in sorted(sharing.cut_names(member))]
             found += [("state_dict", name) for name in names if name in checkpoint["state_dict"]]
             for at, state in enumerate(checkpoint.get("optimizer_states", ())):
                 place: Place = ("optimizer_states", at)
                 if "parts" in state:
                     state, place = state["parts"][number], (*place, "parts", number)
-                for index, parameter in member.cut_parameters():
+                for index, parameter in sharing.cut_parameters(member):
                     for key, value in state["state"].get(index, {}).items():
                         if isinstance(value, Tensor) and value.ndim and value.shape[1:] == parameter.shape[1:]:
                             found.append((*place, "state", index, key))

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser
 from saeforge.errors import ConfigError
 from saeforge.registry import VARIANTS
 from saeforge.training.data import run_seed
-from saeforge.training.member import Settings
+from saeforge.training.settings import Settings
 from saeforge.variants import Variant
 
 #: What an entry of a sweep differs in: None for nothing.
