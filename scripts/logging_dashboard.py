@@ -1,6 +1,6 @@
-"""Draws the view of wandb_workspace.py from an offline wandb run, as docs/logging-dashboard.png was.
+"""Draws the view of wandb_workspace.py from an offline wandb run, as docs/images/logging-dashboard.png was.
 
-    python scripts/logging_dashboard.py RUN --out docs/logging-dashboard.png
+    python scripts/logging_dashboard.py RUN --out docs/images/logging-dashboard.png
 
 The figures are the run's own; the arrangement is the view's, the drawing is matplotlib's and not wandb's.
 """
