@@ -128,6 +128,7 @@ def sweep_settings(run: Path) -> dict[str, Any]:
         "decay": model["lr_decay_share"],
         "batch": data["batch_size"],
         "tokens": data["tokens"],
+        "precision": config["trainer"]["precision"],
     }
 
 
@@ -167,8 +168,9 @@ def report(results: Results, run: Path, path: Path) -> None:
         f"{machine_line()}. Command: `{shlex.join(['python', *sys.argv])}`.",
         "",
         f"Residual stream after the fourth of six layers (256 wide), {settings['d_sae']:,} latents, "
-        f"{settings['tokens']:,} tokens in batches of {settings['batch']:,}, lr {settings['lr']}: one `saeforge fit` "
-        "of all SAEs (`configs/sweeps/frontier.yaml`). L0 and FVU of held-out documents; ΔCE on "
+        f"{settings['tokens']:,} tokens in batches of {settings['batch']:,}, lr {settings['lr']}, "
+        f"{settings['precision']} (the controls' own training: fp32): one `saeforge fit` of all SAEs "
+        "(`configs/sweeps/frontier.yaml`). L0 and FVU of held-out documents; ΔCE on "
         f"{EFFECT_TOKENS:,} of their tokens. `cosine` is the mean over latents of two seeds, matched one to one by "
         "decoder cosine (Hungarian); "
         f"`same` the share of pairs above {SAME}. One seed each for L0, FVU and ΔCE.",
