@@ -141,16 +141,19 @@ def test_killed_at_fifty_random_points(home: Path, tmp_path: Path, jobs: Jobs, w
 def test_processes_share_the_work_and_one_is_killed(
     home: Path, tmp_path: Path, jobs: Jobs, whole: dict[str, Any], count: int
 ) -> None:
-    given = options(home, tmp_path / "o")
     blocks = whole["steps"].count("header")
-    group: list[dict[str, Any]] = [{"options": given, "slow": 0.25} for _ in range(count)]
-    group[0]["at"] = ["header", 6 + blocks // len(whole["made"]) // 2]  # in the middle of its first bucket
-    results = jobs(*group)
+    for turn in range(5):  # on a busy machine the others may have done everything before the first one begins
+        out = tmp_path / f"o{turn}"
+        group: list[dict[str, Any]] = [{"options": options(home, out), "slow": 0.25} for _ in range(count)]
+        group[0]["at"] = ["header", 6 + blocks // len(whole["made"]) // 2]  # in the middle of its first bucket
+        results = jobs(*group)
+        if results[0]["status"]:
+            break
     assert [result["status"] for result in results] == [-9, *[0] * (count - 1)], results
     made = [bucket for result in results for bucket in result["made"]]
     assert sorted(made) == sorted(whole["made"]), "each bucket is committed once"
     assert all(result["made"] for result in results[1:])
-    assert_same(tmp_path / "o", whole)
+    assert_same(out, whole)
 
 
 def test_who_waits_takes_over_when_the_preparing_process_is_killed(
