@@ -1,0 +1,381 @@
+"""`saeforge evaluate` beside SAELens's own evaluation of the same SAEs, exported, on the same tokens.
+
+    python -m venv peer && peer/bin/pip install torch==2.13.0 sae-lens==6.54.12 'transformer-lens<4'
+    python scripts/check_evaluation.py runs/quickstart --peer-python peer/bin/python --out docs/benchmarks/NAME
+
+Every RUN is an SAE of the residual stream of the demo model, or of another LlamaForCausalLM in a folder; TransformerLens
+gets its weights by its own conversion. `run_evals` judges the exports in three ways: on the held-out texts one by one,
+as they were harvested; on these packed by SAELens's own loader; and so with special tokens included. Passed: where the
+definition is the same, what `evaluate` reports is within 0.2% of SAELens's number (it reads stored bf16 activations);
+and everywhere SAELens's definition, written out here (scripts/saelens_definitions.py), gives its number within 0.01%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import saeforge
+from saeforge import formats
+from saeforge.errors import ConfigError
+from saeforge.evaluation.held_out import HeldOutTexts
+from saeforge.evaluation.opening import open_dataset, open_effect
+from saeforge.lm.origin import origin_of
+from saeforge.sae import SAE
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from saelens_definitions import CE, KL, QUALITY, SHRINKAGE, SPARSITY, defined, named
+
+#: Of the same definition: read from activations stored in bf16, and computed in another order.
+SAME = 2e-3
+#: Of its own definition, computed here from the live model.
+DEFINED = 1e-4
+CONTEXTS = 8
+SETTINGS = {
+    "alone": "each text alone, as harvested",
+    "packed": "texts packed as SAELens's loader packs them",
+    "special": "`exclude_special_tokens=False`",
+}
+#: What makes a number another one.
+REASONS = {
+    "norm": "Σ\\|f\\| without the norm of the latent's decoder row",
+    "mean": "spread about the mean of the batch, not of the train split",
+    "ratio": "mean of the batches' ratios, not the ratio of the sums",
+    "BOS": "the ablation zeroes special tokens too; ours leaves them the model's activations. Without biases nothing "
+    "is left then: every CE is the logarithm of the vocabulary",
+    "last": "KL also at the last token of a context, where there is no next one to predict",
+    "texts": "texts in a context see one another and positions go on; the last, incomplete batch is left out",
+    "across": "predictions across texts: of the BOS of the next one, and at the last token of each",
+    "special": "special tokens are reconstructed, replaced and scored like all others",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of both.
+
+    Attributes:
+        theirs: group and name in what `run_evals` returns.
+        ours: where it is in evaluation.json; None: it is not.
+        reasons: why numbers differ though the texts are the same; none: it is the same definition.
+        of: what packing changes: "activations", "predictions" or "weights".
+    """
+
+    theirs: str
+    ours: str | None
+    reasons: tuple[str, ...] = ()
+    of: str = "activations"
+
+    def why(self, setting: str, *, unit_decoder: bool) -> tuple[str, ...]:
+        """Keys of `REASONS` in a setting; the first one falls away with unit decoder rows."""
+        reasons = tuple(reason for reason in self.reasons if not (reason == "norm" and unit_decoder))
+        if setting == "alone" or self.of == "weights":
+            return reasons
+        more = ("texts",) + (("across",) if self.of == "predictions" else ())
+        return reasons + more + (("special",) if setting == "special" else ())
+
+
+EFFECT = "effect.overall."
+ROWS = (
+    Row(SPARSITY + "l0", "metrics.l0_mean"),
+    Row(SPARSITY + "l1", "metrics.l1", ("norm",)),
+    Row(QUALITY + "explained_variance", "1 - metrics.fvu"),
+    Row(QUALITY + "explained_variance_legacy", "metrics.ev_legacy", ("mean",)),
+    Row(QUALITY + "mse", "metrics.mse"),
+    Row(QUALITY + "cossim", "metrics.cosine"),
+    Row(SHRINKAGE + "l2_norm_in", None),
+    Row(SHRINKAGE + "l2_norm_out", None),
+    Row(SHRINKAGE + "l2_ratio", "metrics.l2_ratio"),
+    Row(SHRINKAGE + "relative_reconstruction_bias", "metrics.reconstruction_bias", ("ratio",)),
+    Row(CE + "ce_loss_without_sae", EFFECT + "ce_original", of="predictions"),
+    Row(CE + "ce_loss_with_sae", EFFECT + "ce_sae", of="predictions"),
+    Row(CE + "ce_loss_with_ablation", EFFECT + "ce_zero", ("BOS",), of="predictions"),
+    Row(CE + "ce_loss_score", EFFECT + "ce_score_zero", ("BOS",), of="predictions"),
+    Row(KL + "kl_div_with_sae", EFFECT + "kl_sae", ("last",), of="predictions"),
+    Row(KL + "kl_div_with_ablation", EFFECT + "kl_zero", ("BOS", "last"), of="predictions"),
+    Row(KL + "kl_div_score", None, ("BOS", "last"), of="predictions"),
+    Row("feature_density == 0", "metrics.dead"),
+    Row("encoder_norm", "weights.encoder_norm.mean", of="weights"),
+    Row("encoder_decoder_cosine_sim", "weights.encoder_decoder.mean", of="weights"),
+    Row("encoder_bias", "weights.encoder_bias.mean", of="weights"),
+)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row's numbers in one setting: `apart` is ours from theirs, `off` theirs from its definition here, relative."""
+
+    row: Row
+    why: tuple[str, ...]
+    ours: float | None
+    theirs: float
+    apart: float | None
+    off: float
+
+    @property
+    def fails(self) -> bool:
+        """Whether a promise at the top of the file is broken; NaN breaks it."""
+        same = self.why or self.apart is None or self.apart <= SAME
+        return not (same and self.off <= DEFINED)
+
+
+def main() -> int:
+    """Prints tables, writes OUT.md and OUT.json; 1 if a row fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="SAEs of one dataset")
+    parser.add_argument("--peer-python", required=True, metavar="PYTHON", help="of an environment with SAELens")
+    parser.add_argument("--data", help="their dataset, if it moved")
+    parser.add_argument("--tokens", type=int, default=20_000, help="predictions to take the loss on")
+    parser.add_argument("--out", type=Path, help="report, without its ending")
+    given = parser.parse_args()
+    started = time.monotonic()
+    saes = {Path(run).resolve().name: saeforge.load(run) for run in given.runs}
+    if len(saes) < len(given.runs):
+        parser.error("two RUNs of one name; rename a folder")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        tokens = prepare(work, saes, given.data, given.tokens)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        command = [given.peer_python, str(HERE / "check_evaluation_peer.py"), str(work)]
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        found = json.loads((work / "found.json").read_text())
+        tokens["packed"] = tokens["special"] = numbered(load_file(work / "packed.safetensors"), "packed")
+    results: dict[str, Any] = {"versions": found["versions"], "saes": {}}
+    lines, failed = [], 0
+    for name, sae in saes.items():
+        own, here = measured(sae, given.data, given.tokens, tokens)
+        judged = {setting: judge(own, found["saes"][name][setting], here[setting], sae, setting) for setting in here}
+        failed += sum(row.fails for rows in judged.values() for row in rows)
+        failed += miscounted(own, here["alone"], block=tokens["block"])
+        lines += table(name, sae, own, here, judged)
+        results["saes"][name] = {"evaluate": own, "saelens": found["saes"][name], "defined": here}
+    print("\n".join(lines))
+    print(f"{failed} failed" if failed else "all passed")
+    if given.out:
+        report(given.out, results, lines, failed, time.monotonic() - started, given.tokens)
+    return int(failed > 0)
+
+
+def prepare(work: Path, saes: dict[str, SAE], data: str | None, budget: int) -> dict[str, Any]:
+    """Exports, texts and model for the other half; the batches of texts one by one, and how many the loss is on."""
+    for name, sae in saes.items():
+        if sae.meta.get("target") is not None:
+            raise ConfigError(f"{name} is a transcoder: SAELens's evaluation would put its output at its input site")
+        formats.write(sae, work / f"export-{name}", "saelens")
+    sae = next(iter(saes.values()))
+    root, source = open_dataset(sae, data, "validation")
+    texts = HeldOutTexts(root, source.manifest, "validation", budget=budget)
+    model = origin_of(sae).load_causal().model
+    if type(model).__name__ != "LlamaForCausalLM":
+        raise ConfigError(f"{type(model).__name__}: this script can give TransformerLens a LlamaForCausalLM only")
+    shutil.copytree(model.config._name_or_path, work / "model")
+    documents, scored = segments(texts)
+    first, rest = of_one_length(documents[:scored]), of_one_length(documents[scored:])
+    tensors = {f"document.{i}": text for i, text in enumerate(documents)}
+    tensors |= {f"alone.{i}": batch for i, batch in enumerate(first + rest)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work / "tokens.safetensors")
+    context = source.manifest.packing["context_length"]
+    if sum(map(len, documents)) < context * CONTEXTS:
+        raise ConfigError(f"{root}: fewer than {CONTEXTS} contexts of {context} validation tokens; harvest more text")
+    packed = -(-sum(map(len, documents[:scored])) // (context * CONTEXTS))
+    ask = {"context": context, "contexts": CONTEXTS, "alone": len(first), "packed": packed}
+    means = [row.theirs for row in ROWS if row.of == "weights"]
+    (work / "ask.json").write_text(json.dumps({**ask, "means": means}))
+    counts = {"alone": len(first), "packed": packed, "special": packed}
+    return {"alone": first + rest, "scored": counts, "block": source.block_rows("validation")}
+
+
+def segments(texts: HeldOutTexts) -> tuple[list[Tensor], int]:
+    """The texts of the split, special tokens included, and how many of them are in the contexts within the budget."""
+    ids = np.asarray(texts.contexts.arrays["tokens"]).astype(np.int64)
+    starts = np.flatnonzero(np.asarray(texts.contexts.arrays["within"]) == 0)  # no text goes on in the next context
+    scored = int(np.searchsorted(starts, texts.contexts.offsets[texts.n_contexts]))
+    return [torch.from_numpy(part) for part in np.split(ids, starts[1:])], scored
+
+
+def of_one_length(texts: list[Tensor]) -> list[Tensor]:
+    """Batches without padding, which SAELens does not know: equally long texts, at most `CONTEXTS` together."""
+    groups: dict[int, list[Tensor]] = {}
+    for text in texts:
+        groups.setdefault(len(text), []).append(text)
+    return [
+        torch.stack(group[i : i + CONTEXTS])
+        for _, group in sorted(groups.items())
+        for i in range(0, len(group), CONTEXTS)
+    ]
+
+
+def numbered(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
+    """`name.0`, `name.1`, ... in order."""
+    return [tensors[f"{name}.{i}"] for i in range(len(tensors))]
+
+
+def measured(
+    sae: SAE, data: str | None, budget: int, tokens: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """What `saeforge evaluate` writes, and what SAELens's definitions give here in each setting."""
+    own = saeforge.evaluate(sae, data=data, effect=True, effect_tokens=budget, probe=False, device="cpu").to_json()
+    root, source = open_dataset(sae, data, "validation")
+    origin = origin_of(sae)
+    spliced, _ = open_effect(sae, origin, root, source, "validation", budget=budget, device="cpu")
+    base = origin.load_base(dtype="float32")
+    special = set(source.manifest.packing["special_tokens"]["dropped"])
+    here = {
+        setting: defined(
+            base, spliced, sae, tokens[setting], tokens["scored"][setting], set() if setting == "special" else special
+        )
+        for setting in SETTINGS
+    }
+    return own, here
+
+
+def relative(a: float, b: float) -> float:
+    """|a - b| / |b|; 0 where both are 0."""
+    return 0.0 if a == b else abs(a - b) / abs(b) if b else float("inf")
+
+
+def judge(
+    own: dict[str, Any], theirs: dict[str, float], here: dict[str, float], sae: SAE, setting: str
+) -> list[Judged]:
+    """All rows of one setting."""
+    unit = bool((sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5)
+    judged = []
+    for row in ROWS:
+        value = None
+        if row.ours is not None:
+            value = 1 - named(own, row.ours[4:]) if row.ours.startswith("1 - ") else named(own, row.ours)
+        number = theirs[row.theirs]
+        apart = None if value is None else relative(value, number)
+        why = row.why(setting, unit_decoder=unit)
+        judged.append(Judged(row, why, value, number, apart, relative(here[row.theirs], number)))
+    return judged
+
+
+def miscounted(own: dict[str, Any], alone: dict[str, float], *, block: int) -> int:
+    """How many of tokens and predictions are not the same ones; a split's last rows, fewer than a block, are not kept."""
+    missing = alone["tokens"] - own["metrics"]["tokens"]
+    return (not 0 <= missing < block) + (own["effect"]["overall"]["tokens"] != alone["predictions"])
+
+
+def table(
+    name: str, sae: SAE, own: dict[str, Any], here: dict[str, dict[str, float]], judged: dict[str, list[Judged]]
+) -> list[str]:
+    """Of one SAE: the texts one by one, then both packed settings side by side."""
+    tokens, predictions = (
+        {setting: f"{found[what]:,.0f}" for setting, found in here.items()} for what in ("tokens", "predictions")
+    )
+    lines = [
+        f"## {name}",
+        "",
+        f"`{sae}`",
+        "",
+        f"{SETTINGS['alone'].capitalize()}: {own['metrics']['tokens']:,} tokens here and {tokens['alone']} there,",
+        f"{own['effect']['overall']['tokens']:,} predictions here and {predictions['alone']} there.",
+        "",
+        "| `run_evals` | SAELens | `saeforge evaluate` | | apart | its definition here | why |",
+        "|---" * 7 + "|",
+    ]
+    for row in judged["alone"]:
+        verdict = ", ".join(row.why) if row.why else "not reported" if row.ours is None else "the same"
+        cells = (
+            short(row),
+            number(row.theirs),
+            shown_path(row.row.ours),
+            number(row.ours),
+            number(row.apart, ".1e"),
+            number(row.off, ".1e"),
+            verdict + ", FAILS" * row.fails,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{SETTINGS['packed'][:1].upper() + SETTINGS['packed'][1:]} ({tokens['packed']} tokens, {predictions['packed']} predictions)",
+    ]
+    lines[-1] += ", and with special tokens"
+    lines += [f"({SETTINGS['special']}; {tokens['special']} tokens, {predictions['special']} predictions):", ""]
+    lines += ["| `run_evals` | `saeforge evaluate` | SAELens, packed | its definition here | SAELens, special "]
+    lines[-1] += "| its definition here | why |"
+    lines += ["|---" * 7 + "|"]
+    for packed, special in zip(judged["packed"], judged["special"], strict=True):
+        if packed.row.of == "weights":
+            continue
+        cells = (
+            short(packed),
+            number(packed.ours),
+            number(packed.theirs),
+            number(packed.off, ".1e"),
+            number(special.theirs),
+            number(special.off, ".1e"),
+            ", ".join(special.why) + ", FAILS" * (packed.fails or special.fails),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def short(row: Judged) -> str:
+    """SAELens's name without its group."""
+    return f"`{row.row.theirs.rpartition('.')[2]}`"
+
+
+def shown_path(path: str | None) -> str:
+    """The last part of where a figure of ours is."""
+    if path is None:
+        return ""
+    before = "1 - " if path.startswith("1 - ") else ""
+    return f"{before}`{path.removesuffix('.mean').rpartition('.')[2]}`"
+
+
+def number(value: float | None, form: str = ".6g") -> str:
+    """A cell."""
+    return "" if value is None else format(value, form)
+
+
+def report(out: Path, results: dict[str, Any], lines: list[str], failed: int, seconds: float, budget: int) -> None:
+    """OUT.md and OUT.json."""
+    out.with_name(out.name + ".json").write_text(json.dumps(results, indent=1) + "\n")
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    runs = " ".join(f"runs/{name}" for name in results["saes"]) + f" --tokens {budget}"
+    text = [
+        f"# `saeforge evaluate` beside SAELens's evaluation of our exports, {out.name[:10]}",
+        "",
+        f"`python scripts/check_evaluation.py {runs} --peer-python PEER/bin/python --out docs/benchmarks/{out.name}`",
+        "",
+        f"{failed} rows fail." if failed else "All rows pass.",
+        f"Promised: where the definition is the same, the two are within {SAME:.1%} of each other (`evaluate` reads",
+        "activations stored in bf16); and SAELens's definition, written out in saeforge's terms",
+        f"(`scripts/saelens_definitions.py`, fp32 activations), gives SAELens's number within {DEFINED:.2%} in every row,",
+        "also where the definition is another one. `apart` and `its definition here` are relative differences to",
+        "SAELens's number. All numbers are of the held-out texts; CE and KL of the first ones.",
+        "",
+        "Why a number is another one:",
+        "",
+        "| | in SAELens |",
+        "|---|---|",
+        *(f"| {reason} | {meaning} |" for reason, meaning in REASONS.items()),
+        "",
+        *lines,
+        f"* saeforge {saeforge.__version__}; {', '.join(results['versions'])}; Python {platform.python_version()}.",
+        f"* {seconds:.0f} s in all, on {os.cpu_count()} cores, load averages at the end {load}: other work was",
+        "  running. Nothing here is a measurement of time.",
+    ]
+    out.with_name(out.name + ".md").write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
