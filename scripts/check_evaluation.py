@@ -3,11 +3,12 @@
     python -m venv peer && peer/bin/pip install torch==2.13.0 sae-lens==6.54.12 'transformer-lens<4'
     python scripts/check_evaluation.py runs/quickstart --peer-python peer/bin/python --out docs/benchmarks/NAME
 
-Every RUN is an SAE of the residual stream of the demo model, or of another LlamaForCausalLM in a folder; TransformerLens
-gets its weights by its own conversion. `run_evals` judges the exports in three ways: on the held-out texts one by one,
-as they were harvested; on these packed by SAELens's own loader; and so with special tokens included. Passed: where the
-definition is the same, what `evaluate` reports is within 0.2% of SAELens's number (it reads stored bf16 activations);
-and everywhere SAELens's definition, written out here (scripts/saelens_definitions.py), gives its number within 0.01%.
+Every RUN is an SAE of the residual stream of the demo model, or of another LlamaForCausalLM in a folder;
+TransformerLens gets its weights by its own conversion. `run_evals` judges the exports in three ways: on the held-out
+texts one by one, as they were harvested; on these packed by SAELens's own loader; and so with special tokens included.
+Passed: where the definition is the same, what `evaluate` reports is within 0.2% of SAELens's number (it reads stored
+bf16 activations); and everywhere SAELens's definition, written out here (scripts/saelens_definitions.py), gives its
+number within 0.01%.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from check_evaluation_rows import DEFINED, REASONS, ROWS, SAME, SETTINGS, Judged, judge, miscounted
+from saelens_definitions import defined
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,100 +41,8 @@ from saeforge.lm.origin import origin_of
 from saeforge.sae import SAE
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from saelens_definitions import CE, KL, QUALITY, SHRINKAGE, SPARSITY, defined, named
 
-#: Of the same definition: read from activations stored in bf16, and computed in another order.
-SAME = 2e-3
-#: Of its own definition, computed here from the live model.
-DEFINED = 1e-4
 CONTEXTS = 8
-SETTINGS = {
-    "alone": "each text alone, as harvested",
-    "packed": "texts packed as SAELens's loader packs them",
-    "special": "`exclude_special_tokens=False`",
-}
-#: What makes a number another one.
-REASONS = {
-    "norm": "Σ\\|f\\| without the norm of the latent's decoder row",
-    "mean": "spread about the mean of the batch, not of the train split",
-    "ratio": "mean of the batches' ratios, not the ratio of the sums",
-    "BOS": "the ablation zeroes special tokens too; ours leaves them the model's activations. Without biases nothing "
-    "is left then: every CE is the logarithm of the vocabulary",
-    "last": "KL also at the last token of a context, where there is no next one to predict",
-    "texts": "texts in a context see one another and positions go on; the last, incomplete batch is left out",
-    "across": "predictions across texts: of the BOS of the next one, and at the last token of each",
-    "special": "special tokens are reconstructed, replaced and scored like all others",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A figure of both.
-
-    Attributes:
-        theirs: group and name in what `run_evals` returns.
-        ours: where it is in evaluation.json; None: it is not.
-        reasons: why numbers differ though the texts are the same; none: it is the same definition.
-        of: what packing changes: "activations", "predictions" or "weights".
-    """
-
-    theirs: str
-    ours: str | None
-    reasons: tuple[str, ...] = ()
-    of: str = "activations"
-
-    def why(self, setting: str, *, unit_decoder: bool) -> tuple[str, ...]:
-        """Keys of `REASONS` in a setting; the first one falls away with unit decoder rows."""
-        reasons = tuple(reason for reason in self.reasons if not (reason == "norm" and unit_decoder))
-        if setting == "alone" or self.of == "weights":
-            return reasons
-        more = ("texts",) + (("across",) if self.of == "predictions" else ())
-        return reasons + more + (("special",) if setting == "special" else ())
-
-
-EFFECT = "effect.overall."
-ROWS = (
-    Row(SPARSITY + "l0", "metrics.l0_mean"),
-    Row(SPARSITY + "l1", "metrics.l1", ("norm",)),
-    Row(QUALITY + "explained_variance", "1 - metrics.fvu"),
-    Row(QUALITY + "explained_variance_legacy", "metrics.ev_legacy", ("mean",)),
-    Row(QUALITY + "mse", "metrics.mse"),
-    Row(QUALITY + "cossim", "metrics.cosine"),
-    Row(SHRINKAGE + "l2_norm_in", None),
-    Row(SHRINKAGE + "l2_norm_out", None),
-    Row(SHRINKAGE + "l2_ratio", "metrics.l2_ratio"),
-    Row(SHRINKAGE + "relative_reconstruction_bias", "metrics.reconstruction_bias", ("ratio",)),
-    Row(CE + "ce_loss_without_sae", EFFECT + "ce_original", of="predictions"),
-    Row(CE + "ce_loss_with_sae", EFFECT + "ce_sae", of="predictions"),
-    Row(CE + "ce_loss_with_ablation", EFFECT + "ce_zero", ("BOS",), of="predictions"),
-    Row(CE + "ce_loss_score", EFFECT + "ce_score_zero", ("BOS",), of="predictions"),
-    Row(KL + "kl_div_with_sae", EFFECT + "kl_sae", ("last",), of="predictions"),
-    Row(KL + "kl_div_with_ablation", EFFECT + "kl_zero", ("BOS", "last"), of="predictions"),
-    Row(KL + "kl_div_score", None, ("BOS", "last"), of="predictions"),
-    Row("feature_density == 0", "metrics.dead"),
-    Row("encoder_norm", "weights.encoder_norm.mean", of="weights"),
-    Row("encoder_decoder_cosine_sim", "weights.encoder_decoder.mean", of="weights"),
-    Row("encoder_bias", "weights.encoder_bias.mean", of="weights"),
-)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A row's numbers in one setting: `apart` is ours from theirs, `off` theirs from its definition here, relative."""
-
-    row: Row
-    why: tuple[str, ...]
-    ours: float | None
-    theirs: float
-    apart: float | None
-    off: float
-
-    @property
-    def fails(self) -> bool:
-        """Whether a promise at the top of the file is broken; NaN breaks it."""
-        same = self.why or self.apart is None or self.apart <= SAME
-        return not (same and self.off <= DEFINED)
 
 
 def main() -> int:
@@ -160,7 +70,11 @@ def main() -> int:
     lines, failed = [], 0
     for name, sae in saes.items():
         own, here = measured(sae, given.data, given.tokens, tokens)
-        judged = {setting: judge(own, found["saes"][name][setting], here[setting], sae, setting) for setting in here}
+        unit = bool((sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5)
+        judged = {
+            setting: judge(own, found["saes"][name][setting], here[setting], setting, unit_decoder=unit)
+            for setting in SETTINGS
+        }
         failed += sum(row.fails for rows in judged.values() for row in rows)
         failed += miscounted(own, here["alone"], block=tokens["block"])
         lines += table(name, sae, own, here, judged)
@@ -245,34 +159,6 @@ def measured(
     return own, here
 
 
-def relative(a: float, b: float) -> float:
-    """|a - b| / |b|; 0 where both are 0."""
-    return 0.0 if a == b else abs(a - b) / abs(b) if b else float("inf")
-
-
-def judge(
-    own: dict[str, Any], theirs: dict[str, float], here: dict[str, float], sae: SAE, setting: str
-) -> list[Judged]:
-    """All rows of one setting."""
-    unit = bool((sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5)
-    judged = []
-    for row in ROWS:
-        value = None
-        if row.ours is not None:
-            value = 1 - named(own, row.ours[4:]) if row.ours.startswith("1 - ") else named(own, row.ours)
-        number = theirs[row.theirs]
-        apart = None if value is None else relative(value, number)
-        why = row.why(setting, unit_decoder=unit)
-        judged.append(Judged(row, why, value, number, apart, relative(here[row.theirs], number)))
-    return judged
-
-
-def miscounted(own: dict[str, Any], alone: dict[str, float], *, block: int) -> int:
-    """How many of tokens and predictions are not the same ones; a split's last rows, fewer than a block, are not kept."""
-    missing = alone["tokens"] - own["metrics"]["tokens"]
-    return (not 0 <= missing < block) + (own["effect"]["overall"]["tokens"] != alone["predictions"])
-
-
 def table(
     name: str, sae: SAE, own: dict[str, Any], here: dict[str, dict[str, float]], judged: dict[str, list[Judged]]
 ) -> list[str]:
@@ -305,13 +191,13 @@ def table(
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"{SETTINGS['packed'][:1].upper() + SETTINGS['packed'][1:]} ({tokens['packed']} tokens, {predictions['packed']} predictions)",
+        f"Texts {SETTINGS['packed']}: {tokens['packed']} tokens, {predictions['packed']} predictions. With",
+        f"{SETTINGS['special']}: {tokens['special']} tokens, {predictions['special']} predictions.",
+        "",
+        "| `run_evals` | `saeforge evaluate` | SAELens, packed | its definition here | SAELens, special "
+        "| its definition here | why |",
+        "|---" * 7 + "|",
     ]
-    lines[-1] += ", and with special tokens"
-    lines += [f"({SETTINGS['special']}; {tokens['special']} tokens, {predictions['special']} predictions):", ""]
-    lines += ["| `run_evals` | `saeforge evaluate` | SAELens, packed | its definition here | SAELens, special "]
-    lines[-1] += "| its definition here | why |"
-    lines += ["|---" * 7 + "|"]
     for packed, special in zip(judged["packed"], judged["special"], strict=True):
         if packed.row.of == "weights":
             continue
@@ -359,8 +245,8 @@ def report(out: Path, results: dict[str, Any], lines: list[str], failed: int, se
         f"{failed} rows fail." if failed else "All rows pass.",
         f"Promised: where the definition is the same, the two are within {SAME:.1%} of each other (`evaluate` reads",
         "activations stored in bf16); and SAELens's definition, written out in saeforge's terms",
-        f"(`scripts/saelens_definitions.py`, fp32 activations), gives SAELens's number within {DEFINED:.2%} in every row,",
-        "also where the definition is another one. `apart` and `its definition here` are relative differences to",
+        f"(`scripts/saelens_definitions.py`, fp32 activations), gives SAELens's number within {DEFINED:.2%} in every",
+        "row, also where the definition is another one. `apart` and `its definition here` are relative differences to",
         "SAELens's number. All numbers are of the held-out texts; CE and KL of the first ones.",
         "",
         "Why a number is another one:",

@@ -8,8 +8,6 @@ well; a context is one sequence, whatever texts are in it; with special tokens a
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -121,10 +119,3 @@ def effect(spliced: SplicedModel, sae: SAE, batches: list[Tensor], masks: list[T
         KL + "kl_div_with_ablation": kl_zero,
         KL + "kl_div_score": (kl_zero - kl) / kl_zero,
     }
-
-
-def named(values: dict[str, Any], path: str) -> Any:
-    """`a.b.c` of nested values."""
-    for part in path.split("."):
-        values = values[part]
-    return values
