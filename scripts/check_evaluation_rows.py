@@ -8,9 +8,9 @@ from typing import Any
 from saelens_definitions import CE, KL, QUALITY, SHRINKAGE, SPARSITY
 
 #: Of the same definition: read from activations stored in bf16, and computed in another order.
-SAME = 2e-3
+SAME = 1e-4
 #: Of its own definition, computed here from the live model.
-DEFINED = 1e-4
+DEFINED = 1e-5
 SETTINGS = {
     "alone": "each text alone, as harvested",
     "packed": "packed as SAELens packs them",
