@@ -144,12 +144,23 @@ def by_nnsight(folder: Path, transcoders: Any) -> Any:
 def by_transformer_lens(folder: Path, transcoders: Any) -> Any:
     """The model with the weights of its folder: TransformerLens loads by the names it knows only."""
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
+
+    made, weights, tokenizer = transformer_lens_parts(folder)
+    model = TransformerLensReplacementModel(made, tokenizer=tokenizer)
+    model.load_state_dict(weights, strict=False)
+    model._configure_replacement_model(transcoders)
+    return model
+
+
+def transformer_lens_parts(folder: Path) -> tuple[Any, dict[str, torch.Tensor], Any]:
+    """Configuration, weights by TransformerLens's own conversion, and tokenizer of a LlamaForCausalLM in a folder."""
     from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     config = theirs.config
+    settings = config.to_dict() | (getattr(config, "rope_parameters", None) or {})  # there since transformers 5
     head = config.hidden_size // config.num_attention_heads
     made = HookedTransformerConfig(
         n_layers=config.num_hidden_layers,
@@ -164,7 +175,7 @@ def by_transformer_lens(folder: Path, transcoders: Any) -> Any:
         eps=config.rms_norm_eps,
         normalization_type="RMS",
         positional_embedding_type="rotary",
-        rotary_base=config.rope_theta,
+        rotary_base=settings["rope_theta"],
         rotary_dim=head,
         rotary_adjacent_pairs=False,
         final_rms=True,
@@ -174,10 +185,7 @@ def by_transformer_lens(folder: Path, transcoders: Any) -> Any:
         tokenizer_name=str(folder),
         device="cpu",
     )
-    model = TransformerLensReplacementModel(made, tokenizer=AutoTokenizer.from_pretrained(folder))
-    model.load_state_dict(convert_llama_weights(theirs, made), strict=False)
-    model._configure_replacement_model(transcoders)
-    return model
+    return made, convert_llama_weights(theirs, made), AutoTokenizer.from_pretrained(folder)
 
 
 if __name__ == "__main__":
