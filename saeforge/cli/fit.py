@@ -249,7 +249,9 @@ def run(argv: Sequence[str]) -> int:
         names = [member.name for member in cli.model.members]
         where = f"the SAE is in {folder.run / 'sae'}"
         if names != [""]:
-            where = f"the SAEs are in {', '.join(str(folder.run / name / 'sae') for name in names)}"
+            shown = [str(folder.run / name / "sae") for name in names[:3]]
+            more = f" and {len(names) - 3} more folders beside them" if len(names) > 3 else ""
+            where = f"the SAEs are in {', '.join(shown)}{more}"
         print(f"saeforge: trained {trainer.global_step:,} steps; {where}")
     return 0
 
