@@ -4,8 +4,8 @@ python -m tests.mesh_worker DATASET OUT.json STAGES
 
 STAGES is JSON, {name: stage}, run one after the other; a stage is {"ranks": n, "strategy": ..., "latents": ..., "fits":
 {name: fit}}. A fit has "variant" and maybe "options" of it, "settings" of the module, "steps", "stop_after", "run" (a
-folder), "resume", "bf16", "accumulate", "transcoder" (other data). OUT.json holds the figures of every step, by stage
-and fit.
+folder), "resume", "bf16", "accumulate", "transcoder" (other data), "nudge" (a seed: weights start a rounding away).
+OUT.json holds the figures of every step, by stage and fit.
 """
 
 from __future__ import annotations
@@ -51,6 +51,19 @@ class Steps(Callback):
             trainer.should_stop = True
 
 
+class Nudge(Callback):
+    """Moves every weight by about half of a float32's last place before the first step."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weights are initialised."""
+        for weight in pl_module.parameters():
+            weight.mul_(1 + 6e-8 * torch.randn(weight.shape, generator=self.generator))
+
+
 def transcoder_rows() -> TensorSource:
     """Rows, and a target of another width that a linear path explains a part of."""
     x = toy_rows(8192)
@@ -80,6 +93,8 @@ def fit(dataset: str, stage: dict[str, Any], given: dict[str, Any]) -> list[dict
     )
     steps = Steps(given.get("stop_after"))
     trainer.callbacks.append(steps)  # type: ignore[attr-defined]
+    if "nudge" in given:
+        trainer.callbacks.append(Nudge(given["nudge"]))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path="last" if given.get("resume") else None)
     return steps.figures
 
