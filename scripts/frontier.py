@@ -138,6 +138,7 @@ def plot(results: Results, path: Path) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     panels = (("fvu", "FVU of held-out rows"), ("delta_ce", "ΔCE, nats a token"), ("cosine", "matched cosine of seeds"))
@@ -149,9 +150,12 @@ def plot(results: Results, path: Path) -> None:
                 style = {"ls": ":", "marker": "x"} if group in CONTROLS else {"ls": "-", "marker": "o"}
                 axis.plot([p["l0"] for p in shown], [p[key] for p in shown], color=f"C{number}", label=group, **style)
             axis.set(xscale="log", xlabel="L0", ylabel=label, xticks=RANKS, xticklabels=[str(k) for k in RANKS])
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
     for axis in axes[:2]:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path)
     plt.close(figure)
@@ -165,7 +169,7 @@ def report(results: Results, run: Path, path: Path) -> None:
         "",
         f"![frontier]({path.with_suffix('.svg').name})",
         "",
-        f"{machine_line()}. Command: `{shlex.join(['python', *sys.argv])}`.",
+        f"{machine_line()} Command: `{shlex.join(['python', *sys.argv])}`.",
         "",
         f"Residual stream after the fourth of six layers (256 wide), {settings['d_sae']:,} latents, "
         f"{settings['tokens']:,} tokens in batches of {settings['batch']:,}, lr {settings['lr']}, "
