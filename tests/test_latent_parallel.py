@@ -227,7 +227,8 @@ def parting(found: Figures, one: Figures) -> list[float]:
     """At each step, the largest relative difference of losses up to it."""
     assert len(found) == len(one)
     differences = [
-        max(abs(there[name] - value) / abs(value) for name, value in here.items() if name.split("/")[-1] == "loss")
+        # A batch that only accumulates reads nothing out.
+        max((abs(there[key] - value) / value for key, value in here.items() if key.endswith("loss")), default=0.0)
         for there, here in zip(found, one, strict=True)
     ]
     return list(itertools.accumulate(differences, max))
