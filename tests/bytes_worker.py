@@ -27,6 +27,7 @@ from saeforge.training.module import SAEModule
 from saeforge.training.strategy import LatentParallel
 from saeforge.training.trainer import SAETrainer
 from saeforge.variants import TopK
+from tests.forked import run_rank
 
 LAYOUTS = ((2, 1), (1, 2), (2, 2))
 BATCH, D_SAE, K, STEPS = 256, 512, 4, 6
@@ -96,23 +97,12 @@ def fit(dataset: str, data_ranks: int, latents: int) -> list[dict[str, int]]:
 
 def rank(dataset: str, layout: tuple[int, int], number: int, port: int, out: str) -> None:
     """The process of a rank; never returns."""
-    code = 1
-    try:
-        os.environ |= {"LOCAL_RANK": str(number), "WORLD_SIZE": str(layout[0] * layout[1]), "NODE_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.manual_seed(0)
+
+    def work() -> None:
         Path(f"{out}.{number}").write_text(json.dumps(fit(dataset, *layout)))
         dist.barrier()
-        dist.destroy_process_group()
-        code = 0
-    except BaseException:
-        import traceback
 
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    run_rank(number, layout[0] * layout[1], port, work)
 
 
 def main(dataset: str, out: str) -> int:

@@ -27,6 +27,7 @@ from saeforge.registry import VARIANTS
 from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.trainer import SAETrainer
+from tests.forked import run_rank
 from tests.toy import D_IN, toy_rows
 
 BATCH, D_SAE, STEPS = 256, 256, 12
@@ -101,27 +102,15 @@ def fit(dataset: str, stage: dict[str, Any], given: dict[str, Any]) -> list[dict
 
 def rank(dataset: str, stage: dict[str, Any], number: int, port: int, out: str) -> None:
     """A rank's process; never returns."""
-    code = 1
-    try:
-        torch.manual_seed(0)
-        if stage["ranks"] > 1:
-            os.environ |= {"LOCAL_RANK": str(number), "WORLD_SIZE": str(stage["ranks"]), "NODE_RANK": "0"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def work() -> None:
         figures = {name: fit(dataset, stage, given) for name, given in stage["fits"].items()}
         if number == 0:
             Path(out).write_text(json.dumps(figures))
         if dist.is_initialized():
             dist.barrier()
-            dist.destroy_process_group()
-        code = 0
-    except BaseException:
-        import traceback
 
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    run_rank(number, stage["ranks"], port, work)
 
 
 def main(dataset: str, out: str, stages: str) -> int:

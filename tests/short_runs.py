@@ -29,6 +29,7 @@ from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.trainer import SAETrainer
 from saeforge.variants import Gated
+from tests.forked import run_rank
 
 RANKS, STEPS, SECONDS = 2, 20, 120.0
 
@@ -119,22 +120,7 @@ def train(dataset: str, folder: Path, run: int, rank: int, strategy: str) -> Non
 
 def rank_of(dataset: str, folder: Path, run: int, rank: int, port: int, strategy: str) -> None:
     """The process of a rank; never returns."""
-    code = 1
-    try:
-        os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.manual_seed(0)
-        train(dataset, folder, run, rank, strategy)
-        dist.destroy_process_group()
-        code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    run_rank(rank, RANKS, port, lambda: train(dataset, folder, run, rank, strategy))
 
 
 def one(dataset: str, folder: Path, run: int, strategy: str) -> dict[str, Any]:
