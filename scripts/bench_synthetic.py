@@ -8,11 +8,12 @@ The small protocol (2,048 features in 256 dimensions, 512 latents, 20 million ro
         --report docs/benchmarks/synthetic.md
 
 Ours and theirs alternate run by run. Runs are saved one by one; the same command goes on after an interruption. Both
-get the same number of rows, batch size, constant learning rate and threads; all else is each side's own default or
-recommended recipe (PEERS below). L0 is that of the saved SAE on held-out rows; where it is tuned by a penalty, measures
-are interpolated linearly between two runs next to the wanted L0. With `--match l1_relu=4` SAELens trains once a seed,
-at this value of its own penalty, and it is ours that is brought to the L0 it got there: a third of the hours. Both are
-judged by saeforge's measures; SAELens's own ones of its SAEs are kept beside them, and must agree.
+get the same number of rows, batch size, constant learning rate and threads; all else is SAELens's default or
+recommended recipe (PEERS below), and what makes ours the same architecture in the same units (OURS). L0 is that of the
+saved SAE on held-out rows; where it is tuned by a penalty, measures are interpolated linearly between two runs next to
+the wanted L0. With `--match l1_relu=4` SAELens trains once a seed, at this value of its own penalty, and it is ours
+that is brought to the L0 it got there: a third of the hours. Both are judged by saeforge's measures; SAELens's own ones
+of its SAEs are kept beside them, and must agree.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +72,28 @@ PEERS: dict[str, Peer] = {
         "l0_warm_up_steps",
     ),
 }
-#: Options of ours that make the architecture the same; matryoshka's widths are those of `matryoshka_widths`.
-OURS: dict[str, dict[str, Any]] = {"jumprelu": {"loss": "quadratic"}}
-KNOBS = {"jumprelu": "l0_target:8:rising"}
+#: Options of ours that make the architecture the same; matryoshka's widths are those of `matryoshka_widths`. SAELens
+#: trains on rows as they come (norm 15 here); most of ours scale them to norm 1, where the same learning rate moves
+#: biases 15 times as fast relative to activations. Here both have the same units.
+RAW: dict[str, Any] = {"input_scale": "none"}
+OURS: dict[str, dict[str, Any]] = {
+    "topk": {**RAW, "encoder_init": "tied"},
+    "batchtopk": RAW,
+    "matryoshka": RAW,
+    "l1_relu": RAW,
+    "gated": RAW,
+    "jumprelu": {
+        **RAW,
+        "loss": "quadratic",
+        "sparsity": 5.0,
+        "sparsity_warmup_share": 0.05,
+        "bandwidth": 0.01,
+        "threshold_init": 0.01,
+        "threshold_parameter": "linear",
+    },
+}
+#: Where ours starts: at SAELens's own values, since the units are the same.
+KNOBS = {"jumprelu": "l0_target:8:rising", "l1_relu": "l1:3", "gated": "l1:6"}
 
 
 def matryoshka_widths(d_sae: int) -> list[int]:
@@ -117,7 +138,11 @@ def train_peer(
             raise SaeforgeError(
                 f"SAELens's {peer.architecture}: {key} is {result['own'][key]}, we find {measures[key]}"
             )
-    return {**measures, **{key: result[key] for key in ("seconds", "version", "torch", "own")}, "options": options}
+    return {
+        **measures,
+        **{key: result[key] for key in ("seconds", "cpu_seconds", "version", "torch", "own")},
+        "options": options,
+    }
 
 
 def run_peer(python: str, job: dict[str, Any]) -> None:
@@ -141,8 +166,10 @@ def train_ours(data: Path, protocol: Protocol, variant: str, knob: Knob, value: 
     if variant == "matryoshka":
         ends = [0, *matryoshka_widths(protocol.d_sae), protocol.d_sae]
         options["groups"] = [end - start for start, end in itertools.pairwise(ends)]
+    before = time.process_time()
     sae, seconds = train_one(source, protocol, variant, options, seed)
-    return {**judge(sae, source), "seconds": seconds, "options": options, "version": None, "torch": torch.__version__}
+    times = {"seconds": seconds, "cpu_seconds": time.process_time() - before}
+    return {**judge(sae, source), **times, "options": options, "version": None, "torch": torch.__version__}
 
 
 def peer_l0(cells: Cells, variant: str, seed: int) -> float | None:

@@ -73,11 +73,11 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     )
     data = batches(Path(job["data"]) / "train.npy", rows, job["seed"] * 7919)
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=data)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     trained = trainer.fit()
-    seconds = time.perf_counter() - start
+    times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     trained.save_inference_model(job["out"])
-    return {"seconds": seconds}
+    return times
 
 
 @torch.no_grad()

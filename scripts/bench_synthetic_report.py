@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from saeforge.benchmark.cells import Cells
@@ -31,7 +32,13 @@ def verdict(ours: Summary, theirs: Summary) -> str:
     if ratio < 2:
         faults.append(f"only {ratio:.2f} times as fast")
     better = f"F1 {ours.mean('f1') - theirs.mean('f1'):+.4f}, MCC {ours.mean('mcc') - theirs.mean('mcc'):+.4f}, "
-    return f"{better}{ratio:.1f} times as fast: {'; '.join(faults) or 'holds'}"
+    theirs_cpu, ours_cpu = (
+        [record["cpu_seconds"] for record in side.records if "cpu_seconds" in record] for side in (theirs, ours)
+    )
+    cpu = ""
+    if theirs_cpu and ours_cpu:
+        cpu = f" ({mean(theirs_cpu) / mean(ours_cpu):.1f} by processor time)"
+    return f"{better}{ratio:.1f} times as fast{cpu}: {'; '.join(faults) or 'holds'}"
 
 
 def matched(cells: Cells, variant: str) -> list[Summary]:

@@ -21,9 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from bench_quality_judge import machine_line
-from torch import Tensor
 
 import saeforge
 from saeforge.controls import pca, train_topk
@@ -35,8 +33,6 @@ RANKS = (16, 32, 64, 128)
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "l1_relu", "panneal")
 CONTROLS = ("PCA", "frozen random decoder", "model with fresh weights")
 EFFECT_TOKENS = 20_000
-#: Latents of two seeds with a cosine above this are called the same (Paulo and Belrose 2025, arXiv 2501.16615).
-SAME = 0.7
 
 
 def trained(source: ShardSource, k: int, settings: dict[str, Any], *, frozen: bool) -> SAE:
@@ -64,18 +60,11 @@ def judged(sae: SAE | str, data: Path, *, effect: bool) -> dict[str, Any]:
     return keep if found.effect is None else {**keep, "delta_ce": found.effect.overall.delta_ce}
 
 
-def agreement(a: Tensor, b: Tensor) -> dict[str, float]:
-    """Decoder rows of two seeds, paired one to one so that the sum of cosines is largest (Hungarian).
-
-    Returns:
-        `cosine`, the mean over pairs, and `same`, the share of pairs above `SAME`.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    cosines = torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T
-    rows, columns = linear_sum_assignment(cosines.numpy(), maximize=True)
-    pairs = cosines[torch.as_tensor(rows), torch.as_tensor(columns)]
-    return {"cosine": pairs.mean().item(), "same": (pairs > SAME).double().mean().item()}
+def agreement(first: Path, second: Path) -> dict[str, float]:
+    """Decoder rows of two seeds, paired one to one: mean cosine of the pairs, share of pairs above 0.7."""
+    found = saeforge.agreement(first, second, method="hungarian")
+    assert found.cosine is not None
+    return {"cosine": found.cosine.mean, "same": found.shared}
 
 
 class Results:
@@ -100,8 +89,7 @@ def judge_all(run: Path, data: Path, results: Results) -> None:
             first, second = (run / f"{variant}-{k}-seed{seed}" for seed in (0, 1))
             if f"{variant}-{k}" not in results.points:
                 figures = judged(str(first / "sae"), data, effect=True)
-                decoders = [saeforge.load(folder).W_dec for folder in (first, second)]
-                results.add(f"{variant}-{k}", group=variant, **figures, **agreement(*decoders))
+                results.add(f"{variant}-{k}", group=variant, **figures, **agreement(first, second))
     settings = sweep_settings(run)
     for k in RANKS:
         if f"PCA-{k}" not in results.points:
@@ -177,7 +165,7 @@ def report(results: Results, run: Path, path: Path) -> None:
         "(`configs/sweeps/frontier.yaml`). L0 and FVU of held-out documents; ΔCE on "
         f"{EFFECT_TOKENS:,} of their tokens. `cosine` is the mean over latents of two seeds, matched one to one by "
         "decoder cosine (Hungarian); "
-        f"`same` the share of pairs above {SAME}. One seed each for L0, FVU and ΔCE.",
+        f"`same` the share of pairs above 0.7. One seed each for L0, FVU and ΔCE.",
         "",
         "| SAE | L0 | FVU | ΔCE | cosine | same |",
         "|---|--:|--:|--:|--:|--:|",
