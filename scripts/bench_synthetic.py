@@ -74,12 +74,14 @@ PEERS: dict[str, Peer] = {
 }
 #: Options of ours that make the architecture the same; matryoshka's widths are those of `matryoshka_widths`. SAELens
 #: trains on rows as they come (norm 15 here); most of ours scale them to norm 1, where the same learning rate moves
-#: biases 15 times as fast relative to activations. Here both have the same units.
+#: biases 15 times as fast relative to activations. Here both have the same units. Its AuxK weighs `dead / k_aux` times
+#: the error's own size, 0.17 of the variance here; ours divides by that.
 RAW: dict[str, Any] = {"input_scale": "none"}
+FREE: dict[str, Any] = {**RAW, "decoder_norm": "free", "aux": 1 / 8}
 OURS: dict[str, dict[str, Any]] = {
     "topk": {**RAW, "encoder_init": "tied"},
-    "batchtopk": RAW,
-    "matryoshka": RAW,
+    "batchtopk": FREE,
+    "matryoshka": FREE,
     "l1_relu": RAW,
     "gated": RAW,
     "jumprelu": {

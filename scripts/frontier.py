@@ -165,7 +165,7 @@ def report(results: Results, run: Path, path: Path) -> None:
         "(`configs/sweeps/frontier.yaml`). L0 and FVU of held-out documents; ΔCE on "
         f"{EFFECT_TOKENS:,} of their tokens. `cosine` is the mean over latents of two seeds, matched one to one by "
         "decoder cosine (Hungarian); "
-        f"`same` the share of pairs above 0.7. One seed each for L0, FVU and ΔCE.",
+        "`same` the share of pairs above 0.7. One seed each for L0, FVU and ΔCE.",
         "",
         "| SAE | L0 | FVU | ΔCE | cosine | same |",
         "|---|--:|--:|--:|--:|--:|",

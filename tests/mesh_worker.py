@@ -2,10 +2,10 @@
 
 python -m tests.mesh_worker DATASET OUT.json STAGES
 
-STAGES is JSON, {name: stage}, run one after the other; a stage is {"ranks": n, "strategy": ..., "latents": ..., "fits":
-{name: fit}}. A fit has "variant" and maybe "options" of it, "settings" of the module, "steps", "stop_after", "run" (a
-folder), "resume", "bf16", "accumulate", "transcoder" (other data), "nudge" (a seed: weights start a rounding away).
-OUT.json holds the figures of every step, by stage and fit.
+STAGES is JSON, {name: stage}, run one after the other; a stage is {"ranks": n, "strategy": ..., "latents": ...,
+"float64": ..., "fits": {name: fit}}. A fit has "variant" and maybe "options" of it, "settings" of the module, "steps",
+"stop_after", "run" (a folder), "resume", "bf16", "accumulate", "transcoder" (other data). OUT.json holds the figures of
+every step, by stage and fit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saeforge.data.shard_source import ShardSource
 from saeforge.data.tensor_source import TensorSource
 from saeforge.registry import VARIANTS
 from saeforge.training.data import ActivationData
-from saeforge.training.module import SAEModule
+from saeforge.training.module import _COMPUTE_DTYPE, SAEModule
 from saeforge.training.trainer import SAETrainer
 from tests.forked import run_rank
 from tests.toy import D_IN, toy_rows
@@ -50,19 +50,6 @@ class Steps(Callback):
         self.figures.append({"step": trainer.global_step, **figures})
         if trainer.global_step == self.stop_after:
             trainer.should_stop = True
-
-
-class Nudge(Callback):
-    """Moves every weight by about half of a float32's last place before the first step."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    @torch.no_grad()
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Weights are initialised."""
-        for weight in pl_module.parameters():
-            weight.mul_(1 + 6e-8 * torch.randn(weight.shape, generator=self.generator))
 
 
 def transcoder_rows() -> TensorSource:
@@ -94,16 +81,30 @@ def fit(dataset: str, stage: dict[str, Any], given: dict[str, Any]) -> list[dict
     )
     steps = Steps(given.get("stop_after"))
     trainer.callbacks.append(steps)  # type: ignore[attr-defined]
-    if "nudge" in given:
-        trainer.callbacks.append(Nudge(given["nudge"]))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path="last" if given.get("resume") else None)
     return steps.figures
+
+
+def compute_in_float64() -> None:
+    """From now on this process trains in float64, which no option of saeforge does: rows, weights, products, sums."""
+    setup = SAEModule.setup
+
+    def wide_setup(self: SAEModule, stage: str) -> None:
+        self.double()
+        setup(self, stage)
+        self.double()
+
+    SAEModule.setup = wide_setup  # type: ignore[method-assign]
+    _COMPUTE_DTYPE["32-true"] = torch.float64
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
 
 
 def rank(dataset: str, stage: dict[str, Any], number: int, port: int, out: str) -> None:
     """A rank's process; never returns."""
 
     def work() -> None:
+        if stage.get("float64"):
+            compute_in_float64()
         figures = {name: fit(dataset, stage, given) for name, given in stage["fits"].items()}
         if number == 0:
             Path(out).write_text(json.dumps(figures))

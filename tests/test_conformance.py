@@ -23,11 +23,15 @@ from tests.broken_variants import Right, RightJump
 HEAVY = tuple(name for name in CHECKS if name not in QUICK)
 #: Further options, of variants whose defaults leave half of them unread.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "topk": [{"aux": 0.5, "k_aux": 3, "multi_k": 2, "pre_bias": False}, {"k_start": 8, "input_scale": "sqrt_d"}],
+    "topk": [
+        {"aux": 0.5, "k_aux": 3, "multi_k": 2, "pre_bias": False},
+        {"k_start": 8, "input_scale": "sqrt_d"},
+        {"decoder_norm": "free", "aux": 0.5},
+    ],
     "gated": [{"pre_bias": False, "l1_warmup_share": 0.9}],
     "l1_relu": [{"input_scale": "none"}],
-    "batchtopk": [{"k": 3.5, "aux": 0.5, "k_start": 8, "pre_bias": False}],
-    "matryoshka": [{"selection": "topk", "aux": 0.5}, {"random_prefixes": 3}],
+    "batchtopk": [{"k": 3.5, "aux": 0.5, "k_start": 8, "pre_bias": False}, {"decoder_norm": "free"}],
+    "matryoshka": [{"selection": "topk", "aux": 0.5}, {"random_prefixes": 3}, {"decoder_norm": "free"}],
     "crosscoder": [{"sparsity": "l1", "source_loss": "scale"}, {"selection_weight": "none", "input_scale": "rms"}],
     "jumprelu": [
         {"loss": "tanh", "aux": 0.1},

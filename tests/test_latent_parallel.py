@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import pickle
@@ -64,7 +63,6 @@ FITS: dict[str, dict[str, Any]] = {
 }
 FAST = ("topk", "everything", "sweep")
 LATENT = {"strategy": "latent_parallel"}
-NUDGES = 5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {"ranks": 1},
     "ddp 2": {"ranks": 2},
@@ -194,44 +192,42 @@ def resume(dataset: Path, run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_variant_on_every_layout_has_the_losses_of_one_device(dataset: Path, tmp_path: Path) -> None:
-    """Within 1e-5 over 200 steps, unless the run stands at a fork: then no farther than one device leaves itself.
+@pytest.mark.timeout(3700)
+@pytest.mark.parametrize(("precision", "lr", "bound"), [("float64", 1e-3, 1e-9), ("float32", 1e-4, 1e-5)])
+def test_every_variant_on_every_layout_has_the_losses_of_one_device(
+    precision: str, lr: float, bound: float, dataset: Path, tmp_path: Path
+) -> None:
+    """Over 200 steps.
 
-    Where a pre-activation is within a rounding of its threshold, one bit decides whether a latent fires, and training
-    may amplify that a thousandfold. Such runs part just as far on one device when weights start a rounding away. Two
-    of all runs may meet a fork that none of the nudged ones met.
+    In float64 at a fast rate: the layouts compute the same. In float32 at a rate nearer to the papers': at ten times
+    that, some runs meet forks where one bit decides whether a latent fires, and training amplifies it
+    (docs/scaling.md).
     """
-    fits = {name: {**given, "steps": 200} for name, given in FITS.items() if given["variant"] in INSTALLED}
-    stages = {name: {**layout, "fits": fits} for name, layout in LAYOUTS.items()}
-    for seed in range(NUDGES):
-        nudged = {name: {**given, "nudge": seed} for name, given in fits.items()}
-        stages[f"nudge {seed}"] = {"ranks": 1, "fits": nudged}
+    fits = {
+        name: {**given, "steps": 200, "settings": {"lr": lr, **given.get("settings", {})}}
+        for name, given in FITS.items()
+        if given["variant"] in INSTALLED
+    }
+    wide = {"float64": precision == "float64"}
+    stages = {name: {**layout, **wide, "fits": fits} for name, layout in LAYOUTS.items()}
     figures = fit_on_meshes(dataset, tmp_path, stages, 3600)
-    strays = []
-    for name in fits:
-        one = figures["one"][name]
-        alone = [parting(figures[f"nudge {seed}"][name], one) for seed in range(NUDGES)]
-        forks = [max(1e-5, 10 * max(steps)) for steps in zip(*alone, strict=True)]
-        calm = sum(bound == 1e-5 for bound in forks)
-        for layout in LAYOUTS:
-            apart = parting(figures[layout][name], one)
-            print(f"{layout:9} {name:16} {max(apart):.1e}; {calm} of {len(one)} steps before a fork")
-            if any(a > bound for a, bound in zip(apart, forks, strict=True)):
-                strays.append((layout, name, max(apart)))
-    assert len(strays) <= 2, strays
-    assert all(most < 1e-3 for *_, most in strays), strays
-    assert sum(max(parting(figures["2x2"][name], figures["one"][name])) < 1e-6 for name in fits) > len(fits) // 2
+    apart = {
+        (name, layout): parting(figures[layout][name], figures["one"][name]) for name in fits for layout in LAYOUTS
+    }
+    for (name, layout), most in apart.items():
+        print(f"{precision} {layout:9} {name:16} {most:.1e}")
+    assert {where: most for where, most in apart.items() if most > bound} == {}
 
 
-def parting(found: Figures, one: Figures) -> list[float]:
-    """At each step, the largest relative difference of losses up to it."""
+def parting(found: Figures, one: Figures) -> float:
+    """The largest relative difference of two runs' losses at the same step."""
     assert len(found) == len(one)
-    differences = [
-        # A batch that only accumulates reads nothing out.
-        max((abs(there[key] - value) / value for key, value in here.items() if key.endswith("loss")), default=0.0)
+    return max(
+        abs(there[key] - value) / value
         for there, here in zip(found, one, strict=True)
-    ]
-    return list(itertools.accumulate(differences, max))
+        for key, value in here.items()  # a batch that only accumulates reads nothing out
+        if key.endswith("loss")
+    )
 
 
 @pytest.mark.slow

@@ -494,6 +494,59 @@ def test_decoder_rows_keep_norm_one_under_row_adam_exactly_where_the_paper_says(
     assert sorted(listed) == sorted(id(p) for p in variant.parameters())
 
 
+def slope(weight: Tensor) -> Tensor:
+    """The gradient of a weight that has one."""
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_free_decoder_norms_measure_latents_along_unit_rows() -> None:
+    """The loss is that of unit rows and an encoder lengthened by theirs; lengths trade off without a gradient."""
+    x = rows()[:ROWS]
+    free, unit = (build(TopK, decoder_norm=norm, aux=0.5) for norm in ("free", "unit"))
+    assert isinstance(free, TopK)
+    assert isinstance(unit, TopK)
+    with torch.no_grad():
+        norm = free.W_dec.norm(dim=1)
+        unit.W_enc.copy_(free.W_enc * norm[:, None])
+        unit.b_enc.copy_(free.b_enc * norm)
+        unit.W_dec.copy_(free.W_dec / norm[:, None])
+        unit.b_dec.copy_(free.b_dec)
+    losses = []
+    for variant in (free, unit):
+        variant.tokens_since_fired[[1, 5]] = 50
+        variant.list_dead()
+        out = variant.step(Batch(x, x), {})
+        assert out.terms["aux"] > 0
+        losses.append(torch.stack(list(out.terms.values())).sum())
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    enc, bias, dec, b_dec = (slope(weight) for weight in (free.W_enc, free.b_enc, free.W_dec, free.b_dec))
+    torch.testing.assert_close(enc, slope(unit.W_enc) * norm[:, None])
+    torch.testing.assert_close(b_dec, slope(unit.b_dec))
+    # A longer row with a shorter encoder is the same latent.
+    along = (dec * free.W_dec).sum(1) - (enc * free.W_enc).sum(1) - bias * free.b_enc
+    torch.testing.assert_close(along, torch.zeros_like(along), atol=1e-12, rtol=0)
+    torch.testing.assert_close(free.fold().W_dec, unit.fold().W_dec)
+    torch.testing.assert_close(free.fold().W_enc, unit.fold().W_enc)
+
+
+def test_free_rows_start_short_and_are_reset_to_the_length_of_the_others() -> None:
+    x = rows()
+    variant = build(TopK, decoder_norm="free")
+    assert isinstance(variant, TopK)
+    variant.initialise(statistics(x), x, x, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(variant.W_dec.norm(dim=1), torch.full((D_SAE,), 0.1, dtype=F64))
+    assert torch.equal(variant.W_enc, variant.W_dec)
+    assert not variant.b_dec.any()
+    assert all(group["constraint"] is None for group in variant.param_groups())
+    with torch.no_grad():
+        variant.W_dec[5:].mul_(3)
+    variant.reset_latents_(torch.tensor([0, 1]), x[:2], x[:2])
+    others = variant.W_dec[2:].norm(dim=1).mean()
+    torch.testing.assert_close(variant.W_dec[:2].norm(dim=1), others.expand(2))
+
+
 @pytest.mark.parametrize("cls", [TopK, Gated])
 def test_constrain_restores_unit_rows_after_any_other_optimizer(cls: type[Variant]) -> None:
     variant = build(cls)
@@ -628,6 +681,7 @@ def test_arguments_record_what_was_given_and_the_defaults() -> None:
         "k_aux": None,
         "pre_bias": True,
         "input_scale": "rms",
+        "decoder_norm": "unit",
     }
 
 

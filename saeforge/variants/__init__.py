@@ -30,7 +30,7 @@ from saeforge.variants.start import (
     random_unit_rows,
 )
 from saeforge.variants.topk import TopK
-from saeforge.variants.unit_decoder import UnitDecoder
+from saeforge.variants.unit_decoder import DecoderNorm, UnitDecoder
 
 __all__ = [
     "SAE",
@@ -38,6 +38,7 @@ __all__ = [
     "Batch",
     "BatchThreshold",
     "DataStatistics",
+    "DecoderNorm",
     "Gated",
     "InputScale",
     "L1ReLU",

@@ -20,7 +20,7 @@ from saeforge.variants.start import (
     InputScale,
     random_unit_rows,
 )
-from saeforge.variants.unit_decoder import UnitDecoder
+from saeforge.variants.unit_decoder import DecoderNorm, UnitDecoder
 
 log = logging.getLogger("saeforge.variants")
 
@@ -54,6 +54,9 @@ class TopK(UnitDecoder):
             paper's, reconstructions of 256 random unit vectors keep their norm. "tied": rows equal the decoder's.
         pre_bias: subtract the decoder's bias before the encoder; false for a transcoder.
         input_scale: "rms", "sqrt_d" or "none".
+        decoder_norm: "unit": decoder rows have norm 1. "free": any, and latents are measured along them as if they had
+            norm 1 (SAELens's `rescale_acts_by_decoder_norm`); see `UnitDecoder`. It learns more slowly, and better
+            features in long runs.
     """
 
     def __init__(
@@ -72,8 +75,18 @@ class TopK(UnitDecoder):
         encoder_init: EncoderInit = "least_squares",
         pre_bias: bool = True,
         input_scale: InputScale = "rms",
+        decoder_norm: DecoderNorm = "unit",
     ) -> None:
-        super().__init__(d_in, d_out, d_sae=d_sae, aux=aux, k_aux=k_aux, pre_bias=pre_bias, input_scale=input_scale)
+        super().__init__(
+            d_in,
+            d_out,
+            d_sae=d_sae,
+            aux=aux,
+            k_aux=k_aux,
+            pre_bias=pre_bias,
+            input_scale=input_scale,
+            decoder_norm=decoder_norm,
+        )
         if not 1 <= k <= d_sae:
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
         most = max(k, k_start or k)
@@ -122,17 +135,18 @@ class TopK(UnitDecoder):
         """Terms `mse` (over that of predicting the mean), `multi_mse` (the same with `multi_k * k`) and `aux`."""
         x, target = self.scaled(batch)
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
+        W_enc, b_enc, W_dec = self.unit_weights()
         k = int(schedule.get("k", self.k))
         select = SelectTopK(k * (self.multi_k or 1))
-        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, select, dead, shift=self.shift, dtype=dtype)
+        selected, dead_pre = encode_beside(x, W_enc, b_enc, select, dead, shift=self.shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         dead_values = None if dead is None else self.auxk.values(self, dead_pre)
         terms = {}
         if self.multi_k is None:
-            rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)
+            rebuilt, dead_rebuilt = decode_beside(code, W_dec, dead, dead_values, dtype=dtype)
         else:  # one selection and one decode for both: the k largest, and what the others add
             code, halves = code.largest(k)
-            parts, dead_rebuilt = decode_beside(halves, self.W_dec, dead, dead_values, dtype=dtype)
+            parts, dead_rebuilt = decode_beside(halves, W_dec, dead, dead_values, dtype=dtype)
             rebuilt, others = parts.view(len(x), 2, self.d_out).unbind(1)
             _, wide_error = residual(target, rebuilt + others, self.b_dec)
             multi_mse = self.mean_rows(wide_error, batch.weight) / self.mse_of_mean
@@ -168,4 +182,4 @@ class TopK(UnitDecoder):
     @torch.no_grad()
     def fold(self) -> SAE:
         """Rule `topk`."""
-        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, shift=self.shift, k=self.k)
+        return self.folded(*self.unit_weights(), self.b_dec, shift=self.shift, k=self.k)

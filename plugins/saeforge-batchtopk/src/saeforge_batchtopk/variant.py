@@ -15,6 +15,7 @@ from saeforge.variants import (
     Batch,
     BatchThreshold,
     DataStatistics,
+    DecoderNorm,
     InputScale,
     Recipe,
     ScheduleValues,
@@ -45,6 +46,9 @@ class BatchTopKSAE(UnitDecoder):
         k_aux: dead latents that AuxK uses per token; default: the power of two nearest to d_in / 2 (the paper: 512).
         pre_bias: subtract the decoder's bias before the encoder; false for a transcoder.
         input_scale: "rms", "sqrt_d" or "none".
+        decoder_norm: "unit": decoder rows have norm 1. "free": any, and latents are measured along them as if they had
+            norm 1 (SAELens's `rescale_acts_by_decoder_norm`); see `UnitDecoder`. It learns more slowly, and better
+            features in long runs.
     """
 
     def __init__(
@@ -60,8 +64,18 @@ class BatchTopKSAE(UnitDecoder):
         k_aux: int | None = None,
         pre_bias: bool = True,
         input_scale: InputScale = "rms",
+        decoder_norm: DecoderNorm = "unit",
     ) -> None:
-        super().__init__(d_in, d_out, d_sae=d_sae, aux=aux, k_aux=k_aux, pre_bias=pre_bias, input_scale=input_scale)
+        super().__init__(
+            d_in,
+            d_out,
+            d_sae=d_sae,
+            aux=aux,
+            k_aux=k_aux,
+            pre_bias=pre_bias,
+            input_scale=input_scale,
+            decoder_norm=decoder_norm,
+        )
         for name, value in (("k", k), ("k_start", k if k_start is None else k_start)):
             if not 0 < value <= d_sae:
                 raise ConfigError(f"{name} = {value} with d_sae = {d_sae}: expected 0 < {name} <= d_sae")
@@ -88,13 +102,14 @@ class BatchTopKSAE(UnitDecoder):
         """Terms `mse` (over that of predicting the mean) and `aux`."""
         x, target = self.scaled(batch)
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
+        W_enc, b_enc, W_dec = self.unit_weights()
         self._select.mean = schedule.get("k", self.k)
         self._select.group = self.run.group
-        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=self.shift, dtype=dtype)
+        selected, dead_pre = encode_beside(x, W_enc, b_enc, self._select, dead, shift=self.shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         self.threshold.follow(code.values[: code.nnz], self.run.group, self.run.total_steps)
         dead_values = None if dead is None else self.auxk.values(self, dead_pre)
-        rebuilt, dead_rebuilt = decode_beside(code, self.W_dec, dead, dead_values, dtype=dtype)
+        rebuilt, dead_rebuilt = decode_beside(code, W_dec, dead, dead_values, dtype=dtype)
         error, squared_error = residual(target, rebuilt, self.b_dec)
         terms = {"mse": self.mean_rows(squared_error, batch.weight) / self.mse_of_mean}
         if self.auxk.coefficient > 0:
@@ -103,8 +118,11 @@ class BatchTopKSAE(UnitDecoder):
         return self.output(terms, code, squared_error)
 
     def recipe(self, total_steps: int) -> Recipe:
-        """Adam(0.9, 0.99), lr 3e-4, constant; gradient norm at most 1 (the paper's 1e5 is none; others clip at 1)."""
-        return Recipe(lr=3e-4, betas=(0.9, 0.99))
+        """Adam(0.9, 0.99), lr 3e-4, constant; gradient norm at most 1 (the paper's 1e5 is none; others clip at 1).
+
+        With free norms Adam(0.9, 0.999), as SAELens.
+        """
+        return Recipe(lr=3e-4, betas=(0.9, 0.99 if self.decoder_norm == "unit" else 0.999))
 
     @torch.no_grad()
     def unfold_(self, sae: SAE) -> None:
@@ -127,4 +145,4 @@ class BatchTopKSAE(UnitDecoder):
     def fold(self) -> SAE:
         """Rule `threshold`, the same for all latents."""
         threshold = self.threshold.value.to(self.b_enc.dtype).expand_as(self.b_enc)
-        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, shift=self.shift, threshold=threshold)
+        return self.folded(*self.unit_weights(), self.b_dec, shift=self.shift, threshold=threshold)

@@ -15,6 +15,7 @@ from saeforge.variants import (
     Batch,
     BatchThreshold,
     DataStatistics,
+    DecoderNorm,
     InputScale,
     Recipe,
     ScheduleValues,
@@ -51,6 +52,9 @@ class Matryoshka(UnitDecoder):
         k_aux: dead latents that AuxK uses per token; default: the power of two nearest to d_in / 2 (the paper: 512).
         pre_bias: subtract the decoder's bias before the encoder; false for a transcoder.
         input_scale: "rms", "sqrt_d" or "none".
+        decoder_norm: "unit": decoder rows have norm 1. "free": any, and latents are measured along them as if they had
+            norm 1 (SAELens's `rescale_acts_by_decoder_norm`); see `UnitDecoder`. It learns more slowly, and better
+            features in long runs.
     """
 
     ends: Tensor
@@ -72,8 +76,18 @@ class Matryoshka(UnitDecoder):
         k_aux: int | None = None,
         pre_bias: bool = True,
         input_scale: InputScale = "rms",
+        decoder_norm: DecoderNorm = "unit",
     ) -> None:
-        super().__init__(d_in, d_out, d_sae=d_sae, aux=aux, k_aux=k_aux, pre_bias=pre_bias, input_scale=input_scale)
+        super().__init__(
+            d_in,
+            d_out,
+            d_sae=d_sae,
+            aux=aux,
+            k_aux=k_aux,
+            pre_bias=pre_bias,
+            input_scale=input_scale,
+            decoder_norm=decoder_norm,
+        )
         if not 1 <= k <= d_sae:
             raise ConfigError(f"k = {k} with d_sae = {d_sae}: expected 1 <= k <= d_sae")
         if selection not in ("batch_topk", "topk"):
@@ -113,15 +127,16 @@ class Matryoshka(UnitDecoder):
         """Terms `mse` (mean over prefixes, over that of predicting the mean) and `aux`."""
         x, target = self.scaled(batch)
         dtype, dead = self.run.compute_dtype, self.auxk.latents(self)
+        W_enc, b_enc, W_dec = self.unit_weights()
         if isinstance(self._select, BatchTopK):
             self._select.group = self.run.group
-        selected, dead_pre = encode_beside(x, self.W_enc, self.b_enc, self._select, dead, shift=self.shift, dtype=dtype)
+        selected, dead_pre = encode_beside(x, W_enc, b_enc, self._select, dead, shift=self.shift, dtype=dtype)
         code = selected.with_values(selected.values.relu())
         if self.selection == "batch_topk":
             self.threshold.follow(code.values[: code.nnz], self.run.group, self.run.total_steps)
         dead_values = None if dead is None else self.auxk.values(self, dead_pre)
         ends = self._prefixes()
-        by_group, dead_rebuilt = decode_beside(code.split(ends), self.W_dec, dead, dead_values, dtype=dtype)
+        by_group, dead_rebuilt = decode_beside(code.split(ends), W_dec, dead, dead_values, dtype=dtype)
         rebuilt = by_group.view(len(x), len(ends), self.d_out).cumsum(1)
         errors = (target - self.b_dec)[:, None] - rebuilt
         by_prefix = errors.square().sum(2)
@@ -140,8 +155,8 @@ class Matryoshka(UnitDecoder):
         return random_ends(self.random_prefixes, self.d_sae, self.prefix_exponent, generator).to(self.ends.device)
 
     def recipe(self, total_steps: int) -> Recipe:
-        """Adam(0.9, 0.99), lr 3e-4, constant, gradient norm at most 1."""
-        return Recipe(lr=3e-4, betas=(0.9, 0.99))
+        """Adam(0.9, 0.99), lr 3e-4, constant, gradient norm at most 1; with free norms Adam(0.9, 0.999), as SAELens."""
+        return Recipe(lr=3e-4, betas=(0.9, 0.99 if self.decoder_norm == "unit" else 0.999))
 
     @torch.no_grad()
     def unfold_(self, sae: SAE) -> None:
@@ -170,7 +185,7 @@ class Matryoshka(UnitDecoder):
     @torch.no_grad()
     def fold(self) -> SAE:
         """Rule `threshold`, the same for all latents; `topk` under that selection."""
-        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        weights = (*self.unit_weights(), self.b_dec)
         if self.selection == "topk":
             return self.folded(*weights, shift=self.shift, k=self.k)
         threshold = self.threshold.value.to(self.b_enc.dtype).expand_as(self.b_enc)
