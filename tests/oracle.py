@@ -24,9 +24,12 @@ def lowest_index_top_k(pre: Tensor, k: int) -> Tensor:
     return torch.zeros_like(pre, dtype=torch.bool).scatter(1, order, True)
 
 
-def l1_relu(p: Params, x: Tensor, target: Tensor, *, l1: float, weight: Tensor | None = None) -> tuple[Terms, Tensor]:
+def l1_relu(
+    p: Params, x: Tensor, target: Tensor, *, l1: float, pre_bias: bool = False, weight: Tensor | None = None
+) -> tuple[Terms, Tensor]:
     """Conerly et al. 2024: `f = ReLU(W_enc x + b_enc)`, `|x - x_hat|^2 + l1 sum_i f_i |w_dec_i|`. Returns terms, f."""
-    f = torch.relu(x @ p["W_enc"].T + p["b_enc"])
+    centred = x - p["b_dec"] if pre_bias else x
+    f = torch.relu(centred @ p["W_enc"].T + p["b_enc"])
     x_hat = f @ p["W_dec"] + p["b_dec"]
     penalty = (f * p["W_dec"].pow(2).sum(1).sqrt()).sum(1)
     return {

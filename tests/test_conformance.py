@@ -29,7 +29,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"decoder_norm": "free", "aux": 0.5},
     ],
     "gated": [{"pre_bias": False, "l1_warmup_share": 0.9}],
-    "l1_relu": [{"input_scale": "none"}],
+    "l1_relu": [{"input_scale": "none"}, {"pre_bias": True}],
     "batchtopk": [{"k": 3.5, "aux": 0.5, "k_start": 8, "pre_bias": False}, {"decoder_norm": "free"}],
     "matryoshka": [{"selection": "topk", "aux": 0.5}, {"random_prefixes": 3}, {"decoder_norm": "free"}],
     "crosscoder": [{"sparsity": "l1", "source_loss": "scale"}, {"selection_weight": "none", "input_scale": "rms"}],

@@ -63,7 +63,7 @@ def oracle_terms(
     x, target = batch.x.double() * variant.scale.double(), batch.target.double() * variant.target_scale.double()
     weight = None if batch.weight is None else batch.weight.double()
     if isinstance(variant, L1ReLU):
-        terms, f = oracle.l1_relu(p, x, target, l1=l1, weight=weight)
+        terms, f = oracle.l1_relu(p, x, target, l1=l1, pre_bias=variant.pre_bias, weight=weight)
     elif isinstance(variant, Gated):
         terms, f = oracle.gated(p, x, target, l1=l1, pre_bias=variant.pre_bias, weight=weight)
     else:
@@ -117,6 +117,11 @@ def test_terms_and_every_gradient_equal_the_dense_oracle(
         weight[2] = 0
     for dtype, rtol in ((F64, 1e-10), (torch.float32, 1e-5)):
         assert_equals_oracle(build(cls, dtype=dtype), Batch(x, x, weight), rtol=rtol)
+
+
+def test_l1_relu_with_a_pre_encoder_bias_equals_the_dense_oracle() -> None:
+    x = rows(ROWS)
+    assert_equals_oracle(build(L1ReLU, pre_bias=True), Batch(x, x), rtol=1e-10)
 
 
 @pytest.mark.parametrize("mode", ["auto", "reference", "stock"])

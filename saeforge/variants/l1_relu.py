@@ -16,7 +16,7 @@ from saeforge.sae import SAE
 from saeforge.schedules import ramp
 from saeforge.variants.base import Variant
 from saeforge.variants.contract import DataStatistics, Recipe, ScheduleValues, StepOutput
-from saeforge.variants.start import InputScale, mean_norm_of_others, random_unit_rows
+from saeforge.variants.start import InputScale, check_pre_bias, mean_norm_of_others, random_unit_rows
 
 
 @final
@@ -34,6 +34,7 @@ class L1ReLU(Variant):
         l1: coefficient of the sparsity penalty; 5 is the paper's, for inputs scaled to a mean norm of sqrt(d_in).
         l1_warmup_share: share of the run over which the coefficient rises linearly from 0.
         decoder_init_norm: norm of the decoder rows at the start.
+        pre_bias: subtract the decoder's bias before the encoder, as SAELens does; the paper does not.
         input_scale: "sqrt_d" (the paper's), "rms" or "none".
     """
 
@@ -48,6 +49,7 @@ class L1ReLU(Variant):
         l1: float = 5.0,
         l1_warmup_share: float = 0.05,
         decoder_init_norm: float = 0.1,
+        pre_bias: bool = False,
         input_scale: InputScale = "sqrt_d",
     ) -> None:
         super().__init__(d_in, d_out, d_sae=d_sae, input_scale=input_scale)
@@ -57,6 +59,7 @@ class L1ReLU(Variant):
                 "expected l1 >= 0, a share between 0 and 1, and a positive norm"
             )
         self.l1, self.l1_warmup_share, self.decoder_init_norm = l1, l1_warmup_share, decoder_init_norm
+        self.pre_bias = pre_bias
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_out))
@@ -65,6 +68,7 @@ class L1ReLU(Variant):
     @torch.no_grad()
     def initialise(self, stats: DataStatistics, x: Tensor, target: Tensor, generator: torch.Generator) -> None:
         """Random decoder directions of norm `decoder_init_norm`, the encoder equal to the decoder, biases 0."""
+        check_pre_bias(self.pre_bias, x, target)
         self.set_scale(stats)
         self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator) * self.decoder_init_norm)
         if self.d_in == self.d_out:
@@ -73,6 +77,11 @@ class L1ReLU(Variant):
             self.W_enc.copy_(random_unit_rows(self.d_sae, self.d_in, generator) * self.decoder_init_norm)
         self.b_enc.zero_()
         self.b_dec.zero_()
+
+    @property
+    def shift(self) -> Tensor | None:
+        """(d_in,) what the encoder subtracts from the input, or None."""
+        return self.b_dec if self.pre_bias else None
 
     def schedules(self, total_steps: int) -> dict[str, Callable[[int], float]]:
         """`l1`: linear from 0 to the coefficient over the first share of the run."""
@@ -83,7 +92,7 @@ class L1ReLU(Variant):
         """Terms `mse` (summed over dimensions) and `l1`."""
         x, target = self.scaled(batch)
         dtype = self.run.compute_dtype
-        code = encode(x, self.W_enc, self.b_enc, Above(0.0), dtype=dtype)
+        code = encode(x, self.W_enc, self.b_enc, Above(0.0), shift=self.shift, dtype=dtype)
         rebuilt = decode(code, self.W_dec, self.b_dec, dtype=dtype)
         squared_error = (target - rebuilt).square().sum(1)
         penalty = code.values * pick(row_norms(self.W_dec), code)
@@ -105,7 +114,8 @@ class L1ReLU(Variant):
     def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
         """Decoder rows point at the rows, at the others' mean norm; the encoder does too, at 0.2 of theirs."""
         self.W_dec[latents] = F.normalize(target, dim=1) * mean_norm_of_others(self.W_dec, latents)
-        self.W_enc[latents] = F.normalize(x, dim=1) * (0.2 * mean_norm_of_others(self.W_enc, latents))
+        shifted = x - self.b_dec if self.pre_bias else x
+        self.W_enc[latents] = F.normalize(shifted, dim=1) * (0.2 * mean_norm_of_others(self.W_enc, latents))
         self.b_enc[latents] = 0.0
         return [self.W_dec, self.W_enc, self.b_enc]
 
@@ -124,7 +134,7 @@ class L1ReLU(Variant):
                 f"train variant {'topk' if weights.threshold is None else 'gated'} instead"
             )
         self.W_enc.copy_(weights.W_enc)
-        self.b_enc.copy_(weights.b_enc)
+        self.b_enc.copy_(weights.b_enc + weights.W_enc @ weights.b_dec if self.pre_bias else weights.b_enc)
         self.W_dec.copy_(weights.W_dec)
         self.b_dec.copy_(weights.b_dec)
 
@@ -132,4 +142,4 @@ class L1ReLU(Variant):
     def fold(self) -> SAE:
         """Threshold 0; decoder rows of norm 1 in raw units."""
         zero = torch.zeros_like(self.b_enc)
-        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold=zero)
+        return self.folded(self.W_enc, self.b_enc, self.W_dec, self.b_dec, shift=self.shift, threshold=zero)
