@@ -82,7 +82,7 @@ OURS: dict[str, dict[str, Any]] = {
     "topk": {**RAW, "encoder_init": "tied"},
     "batchtopk": FREE,
     "matryoshka": FREE,
-    "l1_relu": RAW,
+    "l1_relu": {**RAW, "pre_bias": True},
     "gated": RAW,
     "jumprelu": {
         **RAW,
