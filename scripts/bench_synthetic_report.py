@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from bench_quality_judge import machine_line
 
 from saeforge.benchmark.cells import Cells
 from saeforge.benchmark.report import Summary, markdown, plot, summarise, table
@@ -75,9 +79,13 @@ def write_report(
     lines = [
         f"# Known features: saeforge beside SAELens {', '.join(versions)}",
         "",
+        f"`{shlex.join(['python', *sys.argv])}`",
+        "",
+        machine_line(),
+        "",
         f"Synthetic activations of one file, {protocol['d_sae']:,} latents, {protocol['samples']:,} rows in batches of "
         f"{protocol['batch_size']:,}, constant lr {protocol['lr']:g}, {protocol['precision']}, "
-        f"{cells.content['header']['threads']} threads; made by `scripts/bench_synthetic.py`, whose head says how. "
+        f"{cells.content['header']['threads']} thread(s); the script's head says how. "
         "Mean ± standard deviation over seeds, at the wanted L0 of the saved SAE on held-out rows; where a penalty "
         "sets it, interpolated linearly between the two runs around it (seconds too). Seconds are of training alone."
         + (f" Of {', '.join(match)} the peer trains once a seed, and ours is brought to its L0." if match else ""),

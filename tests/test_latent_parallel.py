@@ -59,6 +59,7 @@ FITS: dict[str, dict[str, Any]] = {
         "settings": {"skip": True, "ema_half_life_steps": 5.0},
         "transcoder": True,
     },
+    "free rows": {"variant": "batchtopk", "options": {"k": 4, "decoder_norm": "free"}},
     "accumulate": {"variant": "topk", "options": {"k": 4}, "accumulate": 2},
 }
 FAST = ("topk", "everything", "sweep")
