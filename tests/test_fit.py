@@ -278,6 +278,14 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(
     assert "cannot be made" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_a_refused_run_leaves_no_folder(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(dataset, tmp_path / "first", **{"data.tokens": 256 * 4})) == 0
+    options = {"model.variant": "l1_relu", "model.init_from": str(tmp_path / "first")}
+    assert main(arguments(dataset, tmp_path / "run", **options)) == 2
+    assert "this one has top-k" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_callbacks_can_monitor_the_validation(dataset: Path, tmp_path: Path) -> None:
     stop = {"monitor": "val/fvu", "patience": 1, "min_delta": 10.0}  # no improvement is that large
     keep = {"monitor": "val/fvu", "dirpath": str(tmp_path / "best"), "every_n_train_steps": 4}

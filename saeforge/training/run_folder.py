@@ -75,6 +75,12 @@ def make_folder(run: Path) -> None:
         raise ConfigError(f"the RUN folder {run} cannot be written to; mend its permissions or choose another --run")
 
 
+def drop_if_empty(run: Path) -> None:
+    """Removes the folder of a run that was refused before it wrote anything: it holds empty folders at most."""
+    if run.is_dir() and all(path.is_dir() for path in run.rglob("*")):
+        shutil.rmtree(run)
+
+
 def clear(run: Path) -> None:
     """Removes what a former run left, so that nothing of it can be taken for this one's."""
     if (run / "checkpoints").exists():

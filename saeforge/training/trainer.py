@@ -25,7 +25,7 @@ from saeforge.training.data import ActivationData
 from saeforge.training.module import SAEModule
 from saeforge.training.outputs import RunOutputs
 from saeforge.training.resampling import Resampling
-from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, last_checkpoint, make_folder
+from saeforge.training.run_folder import AtomicCheckpointIO, RunFolder, drop_if_empty, last_checkpoint, make_folder
 from saeforge.training.strategy import DDP_OPTIONS, LatentParallel
 from saeforge.training.telemetry import Telemetry
 from saeforge.training.validation import Validation
@@ -170,6 +170,8 @@ class SAETrainer(Trainer):
             raise
         finally:
             pool.release()
+            if self.run_folder is not None and self.is_global_zero:
+                drop_if_empty(self.run_folder.run)
         if dist.is_initialized():
             _leave_at_exit()
 
