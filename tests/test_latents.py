@@ -217,10 +217,10 @@ def test_the_bytes_of_a_step_are_those_of_the_formulas(compute: torch.dtype) -> 
     for step in sent("l1_relu", {}):
         assert step == {"sum": ROWS * D * c + v + clip}
     if "batchtopk" in INSTALLED:
-        choice = 8 * (3 * 2**11 + D_SAE) + 4  # and one flag: whether all offered enough
+        choice, offers = 8 * (3 * 2**11 + D_SAE), 2 * 8  # the most that a row took, and whether a row wants more
         for step in sent("batchtopk", {"k": k, "aux": 0.0}):
             assert step["sum"] == choice + ROWS * D * c + D * v + clip
-            assert step["minimum"] == v  # the threshold that the SAE keeps
+            assert step["minimum"] == offers + v  # and the threshold that the SAE keeps
     if "matryoshka" in INSTALLED:
         for step in sent("matryoshka", {"k": k, "groups": [4, 8], "selection": "topk", "aux": 0.0}):
             assert step == {"gather": ROWS * k * v, "sum": 3 * ROWS * D * c + D * v + clip}

@@ -140,6 +140,23 @@ def test_batch_top_k_remembers_how_many_offers_were_enough() -> None:
         encode(pre, weight, None, BatchTopK(101))
 
 
+def test_batch_top_k_offers_less_again_where_rows_take_less() -> None:
+    select, weight = BatchTopK(1), torch.eye(100)
+    uneven, even = torch.zeros(64, 100), torch.zeros(64, 100)
+    uneven[0] = 1.0
+    even[:, 7] = 1.0
+    pre = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    expected = encode(pre, weight, None, select).values
+    offered = []
+    for batch in [uneven] + [even] * 500:
+        assert encode(batch, weight, None, select).nnz == 64
+        offered.append(select.rows(batch)[2][0].item())
+    assert offered[0] == 100
+    assert offered[-1] == 4
+    assert sorted(set(offered), reverse=True) == [100, 64, 32, 16, 8, 4]
+    assert torch.equal(encode(pre, weight, None, select).values, expected)
+
+
 def test_rows_of_one_value_keep_the_first_k_latents() -> None:
     for value in (-1.0, 0.0, 2.5, float("-inf")):
         assert top_k(torch.full((3, 9), value), 4)[1].tolist() == [[0, 1, 2, 3]] * 3

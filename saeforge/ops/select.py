@@ -17,6 +17,9 @@ from saeforge.ops import across, gpu, native, screen, shards, stock
 from saeforge.ops.code import SparseCode
 from saeforge.ops.group import Group
 
+#: How much of the most entries that a row took is remembered from one step to the next: half of it after 70.
+_FORGET = 0.99
+
 #: values (nnz,), indices (nnz,) ascending inside a row, counts (b,) of entries per row.
 Selected = tuple[Tensor, Tensor, Tensor]
 
@@ -131,7 +134,8 @@ class BatchTopK(Selection):
 
     Ties go to the lowest latent, then to the first row. Exact: each row offers its largest few; if one of them had all
     its offers taken, all rows offer twice as many. Sorting B * d_sae values instead takes seconds on a CPU [speed 3].
-    One object serves many steps and remembers how many offers were enough.
+    One object serves many steps and offers about what rows have lately needed: early in a run some take half of all
+    latents, and a thousand steps later a tenth of that.
 
     Args:
         k: mean number of entries of a row; `k * B` is rounded.
@@ -145,7 +149,8 @@ class BatchTopK(Selection):
         if k <= 0:
             raise ConfigError(f"k = {k}: batch top-k needs a positive mean number of active latents per token")
         self.mean = k
-        self._offers = max(1, round(4 * k))
+        self._offers = self._least = max(1, round(4 * k))
+        self._most = 0.0
 
     def rows(self, pre: Tensor) -> Selected:
         """The offers of each row; see `Selection.rows`."""
@@ -176,10 +181,16 @@ class BatchTopK(Selection):
             taken = torch.zeros(code.nnz, dtype=torch.bool, device=order.device)
             taken[order[best[0]]] = True
         counts = taken.view(code.n_rows, offers).sum(1)
-        full = offers < code.d_sae and bool((counts == offers).any())
-        if group.agree(full, counts.device):
+        most = counts.max() if code.n_rows else counts.sum()
+        cut_off = (most == offers) & (offers < code.d_sae)
+        # One reading for all ranks, which must offer alike.
+        highest, any_cut_off = (-group.minimum(-torch.stack([most, cut_off.to(most)]))).tolist()
+        if any_cut_off:
             self._offers *= 2
             return None
+        self._most = max(highest, self._most * _FORGET)
+        if 4 * self._most < self._offers:
+            self._offers = max(self._least, self._offers // 2)
         offsets = torch.zeros(code.n_rows + 1, dtype=torch.int64, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
         chosen = taken.nonzero(as_tuple=True)[0]
