@@ -55,6 +55,15 @@ class TestSearch:
         low, high = (points[number][1] for number in pair)
         assert (low == high and abs(low - 8) <= TOLERANCE) or (low < 8 < high and high - low <= WIDEST * 8)
 
+    @pytest.mark.parametrize("rising", [True, False])
+    def test_a_flat_curve_is_followed_by_its_own_slope(self, rising: bool) -> None:
+        points: list[tuple[float, float]] = []
+        knob = Knob("l0_target", 8.0, rising=rising)
+        while (value := next_value(knob, points, 5.9)) is not None:
+            points.append((value, 7.3 * (value / 8) ** (0.25 if rising else -0.25)))
+        assert found(points, 5.9) is not None
+        assert len(points) == 3  # with a slope of 1 it takes eight
+
     def test_an_exact_option_needs_one_run(self) -> None:
         assert next_value(Knob("k", exact=True), [], 8.0) == 8.0
         assert next_value(Knob("k", exact=True), [(8.0, 7.8)], 8.0) is None

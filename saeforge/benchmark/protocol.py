@@ -91,6 +91,7 @@ def train_one(
     options: Mapping[str, Any],
     seed: int,
     *,
+    training: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> tuple[SAE, float]:
     """Trains one SAE as `saeforge fit` would.
@@ -101,6 +102,7 @@ def train_one(
         variant: entry-point name.
         options: of the variant, the one that sets its sparsity included.
         seed: of weights and order.
+        training: options of `SAEModule` beside rate and seed.
         progress: show a progress bar.
 
     Returns:
@@ -117,7 +119,8 @@ def train_one(
         data.threads = max(reading_threads(), (os.cpu_count() or 1) // 2)
     try:
         decay = None if protocol.lr is None else 0.0
-        module = SAEModule(build, data.d_in, data.d_out, lr=protocol.lr, lr_decay_share=decay, seed=seed)
+        settings = {"lr": protocol.lr, "lr_decay_share": decay, "seed": seed, **(training or {})}
+        module = SAEModule(build, data.d_in, data.d_out, **settings)
     except TypeError as error:
         raise ConfigError(f"variant {variant}: {error}") from error
     trainer = SAETrainer(

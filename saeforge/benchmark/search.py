@@ -15,6 +15,8 @@ TOLERANCE = 0.1
 WIDEST = 0.25
 #: The next setting aims this share beyond the wanted L0, so that two trained ones embrace it.
 BEYOND = 0.04
+#: Slopes of log L0 by log setting that are believed, from two settings on one side.
+_SLOPES = 0.2, 5.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ def next_value(
         share = min(max((aim - low) / (high - low), 0.1), 0.9)  # however bent the curve is, the bracket shrinks
         return _rounded(low_at + share * (high_at - low_at))
     slope = 1.0 if knob.rising else -1.0  # L0 falls about as the inverse of a penalty
+    if len(logs) > 1:  # all on one side; a quadratic penalty's L0 follows its target with a slope of a fifth
+        (near, near_at), (far, far_at) = sorted(logs, key=lambda point: abs(point[0]))[:2]
+        seen = (near - far) / (near_at - far_at)
+        slope *= min(max(seen / slope, _SLOPES[0]), _SLOPES[1])
     return _rounded(at + min(max((aim - nearest) / slope, -2.0), 2.0))
 
 
