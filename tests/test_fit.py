@@ -453,6 +453,19 @@ def test_a_damaged_checkpoint_is_one_line(dataset: Path, tmp_path: Path, capsys:
     assert "broken.ckpt" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_a_flipped_byte_in_a_checkpoint_is_found(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(dataset, tmp_path / "run", **interrupt(8))) == 130
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1  # inside a weight, or Adam's
+    checkpoint.write_bytes(content)
+    assert main(arguments(dataset, tmp_path / "run", ckpt_path="last")) == 2
+    assert "last.ckpt is damaged: " in capsys.readouterr().err.strip().splitlines()[-1]
+    assert checkpoint.read_bytes() == content
+
+
 def test_accumulated_batches_are_one_step_of_the_run(dataset: Path, tmp_path: Path) -> None:
     """Two batches of 128 rows a step make as many steps of as many tokens as batches of 256."""
     runs = {}

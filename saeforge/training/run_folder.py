@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+import zipfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -145,10 +146,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: damaged, or not a checkpoint.
         """
         try:
+            _check_sums(Path(path))
             checkpoint = torch.load(str(path), map_location=map_location, weights_only=True, mmap=self.mapped)
             if isinstance(checkpoint, dict) and PARTS in checkpoint:
                 checkpoint[PARTS] = str(Path(path).parent / checkpoint[PARTS])
             return checkpoint
+        except CheckpointError:
+            raise
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, io.UnsupportedOperation) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"the checkpoint {path} cannot be read ({reason}); give another one") from error
@@ -159,6 +163,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Removes one, with what ranks wrote beside it."""
         super().remove_checkpoint(path)
         remove_others(Path(path), None)
+
+
+def _check_sums(path: Path) -> None:
+    """Compares what a checkpoint holds with the checksums that torch wrote, which it does not look at itself.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # torch says what it is
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: {damaged} in it has another checksum; give another one, or train anew"
+        )
 
 
 class RunFolder(Callback):
