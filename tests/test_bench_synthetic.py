@@ -79,6 +79,12 @@ class TestSearch:
         assert found([(1.0, 9.5), (2.0, 7.0)], 8.0) is None
         assert found([(1.0, 9.0), (2.0, 7.5), (3.0, 20.0)], 8.0) == (1, 0)
 
+    def test_two_around_the_target_come_before_one_beside_it(self) -> None:
+        assert found([(1.0, 8.05)], 8.0) == (0, 0)
+        assert found([(1.0, 8.05), (2.0, 7.5)], 8.0) == (1, 0)
+        assert found([(1.0, 8.05), (2.0, 5.9)], 8.0) == (0, 0)
+        assert found([(1.0, 8.0), (2.0, 7.5)], 8.0) == (0, 0)
+
     def test_numbers_between_two_runs(self) -> None:
         low = {"l0": 7.0, "f1": 0.5, "absorption": None, "dead": 0, "variant": "a"}
         high = {"l0": 9.0, "f1": 0.7, "absorption": 0.2, "dead": 4, "variant": "a"}

@@ -66,7 +66,7 @@ def summarise(cells: Cells, variant: str, target: float, *, side: str = "ours") 
     """Gathers the runs of one variant at one L0.
 
     A variant whose option is its L0 counts with the run that was asked for this one, whatever L0 it has at inference;
-    others with the run within 0.1 of it, or the two around it.
+    others with the two runs around it, or one within 0.1 of it.
     """
     records, missing = [], []
     for seed in sorted({cell["seed"] for cell in cells.of(variant=variant, side=side)}):

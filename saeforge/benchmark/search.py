@@ -97,18 +97,21 @@ def _rounded(logarithm: float) -> float:
 
 
 def found(points: Sequence[tuple[float, float]], target: float) -> tuple[int, int] | None:
-    """Numbers of the two points to interpolate between (twice the same one if it is at the target); None: not there."""
+    """Numbers of the two points to interpolate between; twice that of one at the target; None: not there yet.
+
+    Two around the target come first, also where one of them is within the tolerance: a tenth of a latent moves MCC by
+    as much as another seed does.
+    """
     if not points:
         return None
+    below = [number for number, (_, l0) in enumerate(points) if l0 <= target]
+    above = [number for number, (_, l0) in enumerate(points) if l0 >= target]
+    if below and above:
+        low, high = max(below, key=lambda number: points[number][1]), min(above, key=lambda number: points[number][1])
+        if points[high][1] - points[low][1] <= WIDEST * target:
+            return low, high
     nearest = min(range(len(points)), key=lambda number: abs(points[number][1] - target))
-    if abs(points[nearest][1] - target) <= TOLERANCE:
-        return nearest, nearest
-    below = [number for number, (_, l0) in enumerate(points) if l0 < target]
-    above = [number for number, (_, l0) in enumerate(points) if l0 > target]
-    if not below or not above:
-        return None
-    low, high = max(below, key=lambda number: points[number][1]), min(above, key=lambda number: points[number][1])
-    return (low, high) if points[high][1] - points[low][1] <= WIDEST * target else None
+    return (nearest, nearest) if abs(points[nearest][1] - target) <= TOLERANCE else None
 
 
 def between(low: Mapping[str, Any], high: Mapping[str, Any], target: float) -> dict[str, Any]:
