@@ -48,7 +48,7 @@ class SAEModule(LightningModule):
         dead_after_tokens: a latent silent for so many tokens counts as dead; null is the smaller of 10 million and 5%
             of the run.
         resample_steps: optimizer steps after which dead latents are resampled and the rate warms up again; for
-            variants that offer it (gated).
+            variants that have `reset_latents_` (all built-in ones).
         cuda_graph: replay a step as one CUDA graph where that is possible (topk without dead latents on one GPU), which
             spares small SAEs the launching of kernels; the log says where it is not.
         skip: learn `W_skip x` beside the SAE (a skip transcoder), for any variant; needs data.target.
