@@ -97,8 +97,7 @@ OURS: dict[str, dict[str, Any]] = {
     },
 }
 #: Trained as SAELens trains all of its own: Adam(0.9, 0.999) without warm-up, every gradient clipped to norm 1, as
-#: RowAdam does unless told otherwise. DeepMind's recipe has Adam(0, 0.999) and no clipping, which leaves L0 above its
-#: target here: a threshold's gradient is 1 / bandwidth times a weight's, and a few rows decide. The others clip.
+#: RowAdam does unless told otherwise. DeepMind's recipe has Adam(0, 0.999) and a warm-up.
 AS_THEIRS = {"jumprelu"}
 #: Where ours starts: at SAELens's own values, since the units are the same.
 KNOBS = {"jumprelu": "l0_target:8:rising", "l1_relu": "l1:3", "gated": "l1:6"}

@@ -293,6 +293,7 @@ def test_schedules_and_recipes_are_the_papers() -> None:
     assert [variant.sparsity_schedule for variant in made.values()] == ["sparsity", None, "sparsity"]
     first, last = made["step"].recipe(10**6), made["tanh"].recipe(10**6)
     assert (first.lr, first.betas, first.warmup_steps, first.warmup_shape) == (7e-5, (0.0, 0.999), 1000, "cosine")
+    assert first.max_grad_norm == 1.0  # ours
     assert (last.lr, last.betas, last.decay_steps, last.max_grad_norm) == (2e-4, (0.9, 0.999), 200_000, 1.0)
 
 

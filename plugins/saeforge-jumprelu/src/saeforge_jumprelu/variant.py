@@ -313,7 +313,7 @@ class JumpReLU(Variant):
         ]
 
     def recipe(self, total_steps: int) -> Recipe:
-        """Adam(0, 0.999), lr 7e-5 after a cosine warm-up of 1,000 steps, no clipping.
+        """Adam(0, 0.999), lr 7e-5 after a cosine warm-up of 1,000 steps, gradient norm at most 1.
 
         With loss "tanh" Adam(0.9, 0.999), lr 2e-4, decayed to 0 over the last fifth, gradient norm at most 1.
         """

@@ -162,8 +162,12 @@ class PAnneal(Variant):
         ]
 
     def recipe(self, total_steps: int) -> Recipe:
-        """Adam, lr 3e-4 after a warm-up of 1,000 steps (a tenth of the run, if that is shorter), no clipping."""
-        return Recipe(lr=3e-4, max_grad_norm=None, warmup_steps=min(1000, total_steps // 10))
+        """Adam, lr 3e-4 after a warm-up of 1,000 steps (a tenth of a shorter run), gradient norm at most 1.
+
+        The bound is SAEBench's. dictionary_learning's error is not squared, so that its gradient is bounded by itself;
+        ours is large at first, and Adam would remember that for 1,000 steps.
+        """
+        return Recipe(lr=3e-4, warmup_steps=min(1000, total_steps // 10))
 
     @torch.no_grad()
     def reset_latents_(self, latents: Tensor, x: Tensor, target: Tensor) -> list[nn.Parameter]:
