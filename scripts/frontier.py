@@ -126,7 +126,7 @@ def plot(results: Results, path: Path) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     panels = (("fvu", "FVU of held-out rows"), ("delta_ce", "ΔCE, nats a token"), ("cosine", "matched cosine of seeds"))
@@ -143,6 +143,7 @@ def plot(results: Results, path: Path) -> None:
     for axis in axes[:2]:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path)
