@@ -92,6 +92,11 @@ def test_p_falls_in_even_steps_after_the_start_and_ends_where_it_should() -> Non
     assert schedules["sparsity"](100) == pytest.approx(0.02)
 
 
+def test_the_recipe_is_saebenchs() -> None:
+    recipe = PAnneal(4, 4, d_sae=8).recipe(100_000)
+    assert (recipe.lr, recipe.betas, recipe.max_grad_norm, recipe.warmup_steps) == (3e-4, (0.9, 0.999), 1.0, 1000)
+
+
 def test_no_level_is_skipped_in_a_run_with_fewer_steps_than_updates() -> None:
     variant, x = build(), rows()
     schedules = PAnneal(4, 4, d_sae=8, sparsity_warmup_share=0.0, anneal_start_share=0.2).schedules(10)
