@@ -284,6 +284,11 @@ def test_a_refused_run_leaves_no_folder(dataset: Path, tmp_path: Path, capsys: p
     assert main(arguments(dataset, tmp_path / "run", **options)) == 2
     assert "this one has top-k" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    assert main(arguments(dataset, tmp_path / "link", **options)) == 2
+    assert "this one has top-k" in capsys.readouterr().err
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_callbacks_can_monitor_the_validation(dataset: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def next_value(
         share = min(max((aim - low) / (high - low), 0.1), 0.9)  # however bent the curve is, the bracket shrinks
         return _rounded(low_at + share * (high_at - low_at))
     slope = 1.0 if knob.rising else -1.0  # L0 falls about as the inverse of a penalty
-    if len(logs) > 1:  # all on one side; a quadratic penalty's L0 follows its target with a slope of a fifth
+    if len(logs) > 1:  # all on one side; the L0 of a quadratic penalty may follow its target by a fifth
         (near, near_at), (far, far_at) = sorted(logs, key=lambda point: abs(point[0]))[:2]
         seen = (near - far) / (near_at - far_at)
         slope *= min(max(seen / slope, _SLOPES[0]), _SLOPES[1])

@@ -78,7 +78,8 @@ def make_folder(run: Path) -> None:
 
 def drop_if_empty(run: Path) -> None:
     """Removes the folder of a run that was refused before it wrote anything: it holds empty folders at most."""
-    if run.is_dir() and all(path.is_dir() for path in run.rglob("*")):
+    folders = [run, *run.rglob("*")]
+    if all(path.is_dir() and not path.is_symlink() for path in folders):  # a link is someone's
         shutil.rmtree(run)
 
 
