@@ -64,6 +64,13 @@ class TestSearch:
         assert found(points, 5.9) is not None
         assert len(points) == 3  # with a slope of 1 it takes eight
 
+    def test_no_setting_is_trained_twice_where_l0_does_not_follow(self) -> None:
+        points: list[tuple[float, float]] = []
+        while (value := next_value(Knob("l0_target", 8.0, rising=True), points, 8.0)) is not None:
+            points.append((value, {8.0: 56.9, 1.08268: 46.0}.get(value, 48.3)))
+        values = [value for value, _ in points]
+        assert len(values) == len(set(values)) == 7
+
     def test_an_exact_option_needs_one_run(self) -> None:
         assert next_value(Knob("k", exact=True), [], 8.0) == 8.0
         assert next_value(Knob("k", exact=True), [(8.0, 7.8)], 8.0) is None

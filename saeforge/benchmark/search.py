@@ -88,7 +88,11 @@ def next_value(
         (near, near_at), (far, far_at) = sorted(logs, key=lambda point: abs(point[0]))[:2]
         seen = (near - far) / (near_at - far_at)
         slope *= min(max(seen / slope, _SLOPES[0]), _SLOPES[1])
-    return _rounded(at + min(max((aim - nearest) / slope, -2.0), 2.0))
+    step = min(max((aim - nearest) / slope, -2.0), 2.0)
+    value = _rounded(at + step)
+    if value in tried:  # what was trained there is no nearer: L0 does not follow, so further out than anything
+        value = _rounded(math.log(max(tried) if step > 0 else min(tried)) + math.copysign(1.0, step))
+    return value
 
 
 def _rounded(logarithm: float) -> float:
