@@ -76,6 +76,15 @@ def test_what_is_made_is_clean(kind: str, tmp_path: Path) -> None:
         assert "$" not in "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
 
 
+def test_its_tests_run_by_its_own_settings_inside_another_project(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "--no-such-option"\n')
+    folder = new_variant("mine", kind="topk", into=tmp_path)
+    (folder / "tests" / "test_mine.py").write_text("def test_nothing() -> None: ...\n")  # what is made imports torch
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
