@@ -57,7 +57,7 @@ class Strength(nn.Module):
 
     @torch.no_grad()
     def renew(self, p: float) -> Tensor:
-        """Takes the p of the coming batch; returns the factor, a scalar fp32 tensor.
+        """Takes the p of the coming batch; returns the factor, a scalar fp64 tensor.
 
         Until a batch with an active latent has been seen there is nothing to compare, and the factor stays.
 
@@ -75,7 +75,7 @@ class Strength(nn.Module):
         self.later.mul_(keep)
         self.seen.mul_(keep)
         self.p.fill_(p)
-        return self.factor.float()
+        return self.factor.clone()
 
     @torch.no_grad()
     def remember(self, now: Tensor, later: Tensor, next_p: float) -> None:
