@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -51,8 +52,10 @@ FITS: dict[str, dict[str, Any]] = {
     "batchtopk": {"variant": "batchtopk", "options": {"k": 4}},
     "matryoshka": {"variant": "matryoshka", "options": {"k": 4}},
     "jumprelu": {"variant": "jumprelu", "options": {"bandwidth": 0.1}},
-    # At its own rate: at 1e-3 it amplifies the last bit tenfold every ten steps once p is below 0.4.
-    "panneal": {"variant": "panneal", "settings": {"lr": 3e-4}},
+    # Unclipped at the test's rates. Clipped, as its recipe is, it amplifies the last bit at 1e-3, tenfold every ten
+    # steps once p is below 0.4; so there at its own rate.
+    "panneal": {"variant": "panneal", "settings": {"max_grad_norm": math.inf}},
+    "panneal clipped": {"variant": "panneal", "settings": {"lr": 3e-4}},
     "crosscoder": {"variant": "crosscoder", "options": {"k": 4}},
     "skip transcoder": {
         "variant": "topk",
